@@ -1,0 +1,1 @@
+"""Contracts and machinery: layouts, plans, methods, hosts' view of a prompt, the compactor and the runtime."""

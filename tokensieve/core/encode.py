@@ -1,0 +1,51 @@
+"""What is remembered of one call of the vision encoder until the LLM consumes its features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tokensieve.core.layout import ItemKind, Layout
+
+
+@dataclass
+class EncodedItem:
+    """One visual item of an encoder call.
+
+    Attributes
+    ----------
+    layout : Layout
+        Its tokens as the LLM will see them.
+    units : slice
+        Which rows of a raw tower signal belong to it: pictures for towers that take a batch of pictures,
+        patches for towers that take one packed sequence.
+    frames_kept : Tensor, optional
+        Views that were really encoded when a frames-stage method dropped some.
+    """
+
+    layout: Layout
+    units: slice
+    frames_kept: Tensor | None = None
+
+
+@dataclass
+class EncodeCall:
+    """One call of ``get_image_features`` or ``get_video_features``.
+
+    Attributes
+    ----------
+    arguments
+        Bound arguments of the call (pixel values, grids, image sizes).
+    items
+        The visual items in the order of the call.
+    raw
+        Tower signals by request text, in the tower's own units.
+    """
+
+    modality: ItemKind
+    arguments: Mapping[str, Any]
+    items: list[EncodedItem] = field(default_factory=list)
+    raw: dict[str, Tensor] = field(default_factory=dict)

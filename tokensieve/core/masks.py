@@ -1,0 +1,57 @@
+"""Attention masks of compacted sequences, in the form that the model's attention kernel wants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+
+
+class _Past:
+    """The part of the cache interface that mask creation reads, for a known number of cached tokens."""
+
+    is_compileable = False
+    is_sliding = (False,)
+    is_linear = (False,)
+    is_dummy = (False,)
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        return self.length
+
+    def get_query_offset(self, layer_idx: int | None = 0) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int | None = 0) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+
+def causal_mask(config: Any, hidden: Tensor, real: Tensor) -> Any:
+    """Causal mask for queries ``hidden [B, q, D]`` that end a key sequence with padding mask ``real [B, kv]``."""
+    past = real.shape[1] - hidden.shape[1]
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=real.to(hidden.device),
+        past_key_values=_Past(past),
+        position_ids=None,
+    )
+
+
+def padding_mask(mask: Any, batch: int, total: int) -> Tensor | None:
+    """The 2-d padding mask [B, total] on the CPU behind any mask that a caller may hand over; None for none.
+
+    Prepared 4-d masks (compiled caches) are read off their last query row.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if mask is None:
+        return None
+    if mask.ndim == 4:
+        row = mask[:, 0, -1, :total]
+        mask = row if row.dtype == torch.bool else row == 0
+    return mask[:, -total:].to(device="cpu", dtype=torch.bool).expand(batch, -1)

@@ -1,0 +1,244 @@
+"""From the placeholders of a prompt to plans, and from plans to a shorter sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.core.budget import allocate
+from tokensieve.core.compactor import Compaction, Placement, arrange_row, identity, pad_rows
+from tokensieve.core.encode import EncodeCall, EncodedItem
+from tokensieve.core.layout import ItemKind
+from tokensieve.core.method import Method
+from tokensieve.core.plan import Plan, keep_all, reading_order
+from tokensieve.core.sample import HostFacts, TokenSample
+from tokensieve.core.signals import SignalRequest
+from tokensieve.core.trace import ItemTrace, PrefillTrace
+from tokensieve.errors import HostError, MethodError
+from tokensieve.hosts.base import Host
+
+
+@dataclass
+class PromptItem:
+    """A visual item at its place in a prompt row."""
+
+    row: int
+    call: EncodeCall
+    encoded: EncodedItem
+    positions: Tensor
+    plan: Plan | None = None
+    budgets: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Tracked:
+    """Where every token of the compacted batch came from, [B, L'] each; -1 for text and padding.
+
+    Attributes
+    ----------
+    item, patch
+        Visual item (counted over the batch) and patch of it; patch is -1 for separators.
+    """
+
+    item: Tensor
+    patch: Tensor
+
+
+def locate(
+    base: nn.Module, host: Host, calls: Mapping[ItemKind, EncodeCall], ids: Tensor
+) -> list[PromptItem]:
+    """Match encoder calls with the placeholders of a prompt.
+
+    Features fill placeholders in row-major order. When ``generate`` has repeated the rows (beams, several
+    return sequences) every encoded item serves that many consecutive rows.
+
+    Parameters
+    ----------
+    ids : Tensor [B, L]
+        Token ids on the CPU.
+
+    Raises
+    ------
+    HostError
+        When features and placeholders do not match.
+    """
+    found: list[PromptItem] = []
+    batch, length = ids.shape
+    for modality, call in calls.items():
+        token_id = host.placeholder_id(base, modality)
+        places = (ids == token_id).flatten().nonzero().flatten()
+        items = host.regroup(base, call.items, ids, modality)
+        total = sum(item.layout.tokens for item in items)
+        if total == 0 or places.numel() == 0:
+            continue
+        copies, rest = divmod(places.numel(), total)
+        if rest or batch % copies:
+            raise HostError(
+                f"The prompt has {places.numel()} {modality} placeholders but the encoder gave {total} features; "
+                "pass the prompt in one piece (no prefill_chunk_size) with the features that belong to it."
+            )
+        found += _place(items, call, places, copies, batch, length)
+    return sorted(found, key=lambda item: (item.row, int(item.positions[0])))
+
+
+def _place(
+    items: Sequence[EncodedItem], call: EncodeCall, places: Tensor, copies: int, batch: int, length: int
+) -> list[PromptItem]:
+    """Deal the placeholders of all rows out to the items."""
+    per_row = torch.bincount(places // length, minlength=batch)
+    found, cursor, queue = [], 0, list(items)
+    for first in range(0, batch, copies):
+        need, mine = int(per_row[first]), []
+        while need > 0:
+            if not queue or queue[0].layout.tokens > need:
+                raise HostError("A visual item does not end where its placeholders end; check the processor's output.")
+            mine.append(queue.pop(0))
+            need -= mine[-1].layout.tokens
+        for row in range(first, first + copies):
+            for item in mine:
+                spots = places[cursor : cursor + item.layout.tokens]
+                if int(spots[0]) // length != row or int(spots[-1]) // length != row:
+                    raise HostError("The rows of the batch do not hold the same visual placeholders.")
+                found.append(PromptItem(row, call, item, spots - row * length))
+                cursor += item.layout.tokens
+    return found
+
+
+class Planner:
+    """Runs the tokens stage of the methods on every visual item of a prompt."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        host: Host,
+        facts: HostFacts,
+        methods: Sequence[Method],
+        requests: Sequence[SignalRequest],
+    ) -> None:
+        self.base, self.host, self.facts, self.requests = base, host, facts, requests
+        self.token_method = next((m for m in methods if "tokens" in m.stages), None)
+        self.decoder_methods = [m for m in methods if "decoder" in m.stages]
+        frame_method = next((m for m in methods if "frames" in m.stages), None)
+        self.default_positions = frame_method.position_policy if frame_method else "renumber"
+
+    def plan(self, item: PromptItem, embeds: Tensor, index: int) -> None:
+        """Fill in the plan of one item and the frame budgets that decoder methods will need.
+
+        Parameters
+        ----------
+        embeds : Tensor [L, D]
+            Input embeddings of the item's row.
+        """
+        layout = item.encoded.layout
+        kept_views = item.encoded.frames_kept
+        part, tokens = layout.of_views(kept_views) if kept_views is not None else (layout, None)
+        positions = item.positions if tokens is None else item.positions[tokens]
+        patch_positions = positions[part.patch_tokens].to(embeds.device)
+        features = embeds.index_select(0, patch_positions)
+        sample = TokenSample(features, part, self._signals(item), self.facts, index=index)
+        for number, method in enumerate(self.decoder_methods):
+            if method.budget is not None:
+                item.budgets[number] = allocate(method.budget, sample, method.retention)
+        plan = self._plan_tokens(sample)
+        if tokens is not None:
+            plan = _onto(plan, layout.patches, tokens, layout.patch_tokens, part.patch_tokens)
+        item.plan = plan
+
+    def _plan_tokens(self, sample: TokenSample) -> Plan:
+        method = self.token_method
+        patches = sample.layout.patches
+        if method is None:
+            return keep_all(patches, self.default_positions)
+        if method.retention >= 1.0:
+            return keep_all(patches, method.position_policy)
+        if not torch.isfinite(sample.features.sum()):
+            raise MethodError(
+                "The visual features hold NaN or infinity; check the weights and the dtype (float16 overflows in "
+                "some towers, bfloat16 does not)."
+            )
+        if method.budget is not None:
+            sample.budget = allocate(method.budget, sample, method.retention)
+        return method.run_tokens(sample).checked(patches, method.name)
+
+    def _signals(self, item: PromptItem) -> dict[str, Tensor]:
+        signals = {}
+        for request in self.requests:
+            raw = item.call.raw.get(str(request))
+            if raw is None:
+                raise HostError(f"The encoder gave no {request}; encode inside of the compressed run.")
+            signals[str(request)] = self.host.pool(self.base, item.call, item.encoded, raw[item.encoded.units])
+        return signals
+
+
+def _onto(plan: Plan, patches: int, tokens: Tensor, all_tokens: Tensor, part_tokens: Tensor) -> Plan:
+    """A plan for some frames of an item in the patch ids of the whole item."""
+    rank = torch.full((int(all_tokens.max()) + 1,), -1)
+    rank[all_tokens] = torch.arange(patches)
+    whole = rank[tokens[part_tokens]]
+    plan.keep = whole[plan.keep]
+    if plan.merged is not None:
+        plan.merged.source = whole[plan.merged.source.cpu()]
+    return plan
+
+
+def compact(
+    items: Sequence[PromptItem], real: Tensor
+) -> tuple[Compaction, Tracked, PrefillTrace, list[tuple[int, Tensor, Tensor]]]:
+    """Carry all plans of a batch out on index level.
+
+    Parameters
+    ----------
+    items
+        Planned items of the batch.
+    real : Tensor [B, L]
+        Padding mask before.
+
+    Returns
+    -------
+    The compaction, the origin of every new token, the trace, and the replacements
+    ``(row, new positions, rows of the plan's features)`` per item in the order of ``items``.
+    """
+    batch, length = real.shape
+    trace = PrefillTrace(before=real.sum(1).tolist())
+    item_of = torch.full((batch, length), -1)
+    patch_of = torch.full((batch, length), -1)
+    slot_of = torch.full((batch, length), -1)
+    placements: list[list[Placement]] = [[] for _ in range(batch)]
+    counters = [0] * batch
+    for number, item in enumerate(items):
+        assert item.plan is not None
+        layout = item.encoded.layout
+        tokens, slots = reading_order(layout, item.plan)
+        placements[item.row].append(Placement(item.positions, tokens))
+        item_of[item.row, item.positions] = number
+        patch_of[item.row, item.positions[layout.patch_tokens]] = torch.arange(layout.patches)
+        slot_of[item.row, item.positions[tokens]] = slots
+        trace.items.append(
+            ItemTrace(
+                item.row, counters[item.row], layout, item.plan.keep, int((slots < 0).sum()),
+                item.plan.merged, item.plan.info,
+            )
+        )
+        counters[item.row] += 1
+    rows = [arrange_row(real[b], placements[b]) for b in range(batch)]
+    untouched = all(
+        row.numel() == int(real[b].sum()) and bool((row.diff() > 0).all()) for b, row in enumerate(rows)
+    )
+    left = bool(real[:, -1].all())
+    compaction = identity(real) if untouched else pad_rows(rows, length, left)
+    trace.after = compaction.real.sum(1).tolist()
+    pick = compaction.index
+    tracked = Tracked(
+        item_of.gather(1, pick).masked_fill(~compaction.real, -1),
+        patch_of.gather(1, pick).masked_fill(~compaction.real, -1),
+    )
+    new_slot = slot_of.gather(1, pick).masked_fill(~compaction.real, -1)
+    replacements = []
+    for number, item in enumerate(items):
+        if item.plan is not None and item.plan.features is not None:
+            spots = ((tracked.item[item.row] == number) & (new_slot[item.row] >= 0)).nonzero().flatten()
+            replacements.append((number, spots, new_slot[item.row, spots]))
+    return compaction, tracked, trace, replacements

@@ -1,0 +1,378 @@
+"""Attaching methods to a model: hooks on one instance, removed without a trace."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.core.compactor import (
+    Compaction,
+    gather_planes,
+    gather_positions,
+    gather_sequence,
+    renumbered,
+)
+from tokensieve.core.decoder import DecoderStage, Prompt
+from tokensieve.core.ledger import Ledger, Span
+from tokensieve.core.masks import padding_mask
+from tokensieve.core.method import Method
+from tokensieve.core.prefill import Planner, PromptItem, compact, locate
+from tokensieve.core.signals import SignalRequest
+from tokensieve.core.tap import EncoderTap
+from tokensieve.core.trace import Clock, PrefillTrace
+from tokensieve.errors import HostError, MethodError, SignalError
+from tokensieve.hosts.base import Host
+from tokensieve.measure.memory import PeakMemory
+
+if TYPE_CHECKING:
+    from tokensieve.measure.report import Report
+
+_MARK = "_tokensieve_run"
+HISTORY = 64
+
+
+class Run:
+    """Methods attached (or about to be attached) to one model.
+
+    Use as a context manager, or call `attach` and later `detach`.
+
+    Attributes
+    ----------
+    model, host, methods
+        What runs on what.
+    facts
+        Numbers about the host.
+    history
+        Traces of the last prefills with visual tokens (at most 64).
+    """
+
+    def __init__(self, model: nn.Module, host: Host, methods: Sequence[Method]) -> None:
+        self.model, self.host = model, host
+        self.base = base_model(model)
+        self.facts = host.facts(self.base)
+        self.methods = list(methods)
+        check_composition(self.methods)
+        for method in self.methods:
+            method.check_host(self.facts)
+        self.requests = tower_requests(self.base, host, self.methods, self.facts)
+        self.clock = Clock()
+        self.memory = PeakMemory(next(model.parameters()).device)
+        self.history: deque[PrefillTrace] = deque(maxlen=HISTORY)
+        frame_method = next((m for m in self.methods if "frames" in m.stages), None)
+        self._tap = EncoderTap(self.base, host, self.requests, frame_method, self.clock)
+        self._planner = Planner(self.base, host, self.facts, self.methods, self.requests)
+        deciding = [m for m in self.methods if {"frames", "tokens"} & set(m.stages)]
+        self.positions = deciding[0].position_policy if deciding and self.facts.position_axes == 1 else "original"
+        decoder_methods = [m for m in self.methods if "decoder" in m.stages]
+        gaps = self.positions == "original" and bool(deciding)
+        self._decoder = DecoderStage(self.base, host, self.facts, decoder_methods, gaps, self.clock)
+        self._handles: list[Any] = []
+        self._ids: Tensor | None = None
+        self._encoded: Any = None
+        self._has_ids = False
+        self._compaction: Compaction | None = None
+        self._ledger: Ledger | None = None
+        self._fresh: tuple[Tensor | None, Tensor | None] | None = None
+
+    # -- attaching -------------------------------------------------------------------------------------------
+
+    def attach(self) -> Run:
+        """Install the hooks; raises MethodError when the model already carries a run."""
+        if _MARK in vars(self.model):
+            raise MethodError(
+                "This model already has a method attached; detach it first, or compose methods with '+'."
+            )
+        setattr(self.model, _MARK, self)
+        text = self.host.text_model(self.base)
+        self._tap.attach()
+        self._decoder.attach()
+        self._handles = [
+            self.base.register_forward_pre_hook(self._before_base, with_kwargs=True, prepend=True),
+            self.base.register_forward_hook(self._after_base, always_call=True),
+            text.register_forward_pre_hook(self._before_llm, with_kwargs=True),
+            text.register_forward_hook(self._after_llm, with_kwargs=True, always_call=True),
+        ]
+        self._wrap_loss()
+        self.memory.start()
+        return self
+
+    def detach(self) -> None:
+        """Remove the hooks and restore the model; harmless when nothing is attached."""
+        if vars(self.model).get(_MARK) is not self:
+            return
+        self.memory.stop()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._decoder.detach()
+        self._tap.detach()
+        self._unwrap_loss()
+        delattr(self.model, _MARK)
+
+    def __enter__(self) -> Run:
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    @property
+    def report(self) -> Report:
+        """Tokens, times, FLOPs and memory of the run so far (see `tokensieve.measure.report`)."""
+        from tokensieve.measure.report import make_report
+
+        return make_report(self)
+
+    def reset(self) -> None:
+        """Forget traces, times and the memory peak, for example after a warm-up."""
+        self.history.clear()
+        self.clock.reset()
+        self.memory.start()
+
+    # -- the forward pass ------------------------------------------------------------------------------------
+
+    def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        ids = bound.get("input_ids")
+        self._has_ids = ids is not None
+        self._ids = None if ids is None else ids.detach()
+        self._encoded = bound.get("mm_encoder_outputs")
+
+    def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._ids, self._encoded = None, None
+
+    def _before_llm(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.clock.start("prefill" if kwargs["inputs_embeds"].shape[1] > 1 else "decode")
+        cache = kwargs.get("past_key_values")
+        ledger = Ledger.of(cache)
+        self._compaction, self._fresh, self._ledger = None, None, ledger
+        calls = self._tap.calls(self._encoded)
+        if ledger is not None:
+            ledger.inside = True
+        items: list[PromptItem] = []
+        if calls:
+            if self._ids is None:
+                raise HostError("Compression needs input_ids to find the visual placeholders; pass ids, not embeddings.")
+            items = locate(self.base, self.host, calls, self._ids.cpu())
+        if items:
+            kwargs = self._compress(items, kwargs, cache, ledger)
+        elif ledger is not None:
+            kwargs = self._continue(kwargs, cache, ledger)
+        return args, kwargs
+
+    def _compress(
+        self, items: list[PromptItem], kwargs: dict[str, Any], cache: Any, ledger: Ledger | None
+    ) -> dict[str, Any]:
+        """Plan every item, shorten the sequence and hand the batch to the decoder stage."""
+        embeds = kwargs["inputs_embeds"]
+        batch, length = embeds.shape[:2]
+        pasts, earlier, seen = _past_masks(cache, ledger, batch, kwargs.get("attention_mask"), length)
+        given = padding_mask(kwargs.get("attention_mask"), batch, seen + length)
+        real = torch.ones(batch, length, dtype=torch.bool) if given is None else given[:, -length:]
+        with torch.no_grad() if not torch.is_grad_enabled() else torch.enable_grad(), self.clock("compress"):
+            counters = dict.fromkeys(range(batch), 0)
+            for item in items:
+                self._planner.plan(item, embeds[item.row], counters[item.row])
+                counters[item.row] += 1
+            compaction, tracked, trace, replacements = compact(items, real)
+            kwargs = self._shorten(kwargs, compaction, items, replacements)
+        positions, offset = self._positions(kwargs, compaction, ledger, seen)
+        kwargs["position_ids"] = positions
+        keys = torch.cat((pasts[0], compaction.real), 1)
+        # Gaps in the positions look like packed sequences to mask creation when there is neither mask nor cache.
+        kwargs["attention_mask"] = keys.to(embeds.device)
+        self.history.append(trace)
+        self._compaction = compaction
+        prompt = Prompt(compaction.real, pasts, tracked, items, trace)
+        self._decoder.begin(prompt, compaction.removed, earlier)
+        self._fresh = (offset, keys)
+        return kwargs
+
+    def _shorten(
+        self,
+        kwargs: dict[str, Any],
+        compaction: Compaction,
+        items: list[PromptItem],
+        replacements: list[tuple[int, Tensor, Tensor]],
+    ) -> dict[str, Any]:
+        """Gather everything that runs alongside the sequence."""
+        kwargs = dict(kwargs)
+        embeds = gather_sequence(kwargs["inputs_embeds"], compaction.index)
+        for number, spots, slots in replacements:
+            plan = items[number].plan
+            assert plan is not None and plan.features is not None
+            rows = plan.features[slots.to(plan.features.device)].to(embeds)
+            embeds = embeds.clone() if embeds.requires_grad else embeds
+            embeds[items[number].row, spots.to(embeds.device)] = rows
+        kwargs["inputs_embeds"] = embeds
+        planes = kwargs.get("deepstack_visual_embeds")
+        if planes is not None and not compaction.is_identity:
+            kwargs["deepstack_visual_embeds"], kwargs["visual_pos_masks"] = gather_planes(
+                planes, kwargs["visual_pos_masks"], compaction
+            )
+        return kwargs
+
+    def _positions(
+        self, kwargs: dict[str, Any], compaction: Compaction, ledger: Ledger | None, seen: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Positions of the shortened batch, and the offset [B, 1] of all later positions."""
+        positions = kwargs.get("position_ids")
+        before = ledger.offset if ledger is not None else None
+        if positions is None:
+            if self.facts.position_axes > 1:
+                return None, before
+            positions = (torch.arange(compaction.length) + seen)[None].to(kwargs["inputs_embeds"].device)
+        positions = positions[..., -compaction.length :]
+        if positions.ndim == 3 and positions.shape[0] == 4:
+            # The first of four rows only tells sequences apart; gaps in it would look like packing.
+            rows = gather_positions(positions, compaction.index).clone()
+            rows[0] = renumbered(positions[0], compaction).to(rows)
+            return rows, before
+        if self.positions == "original" or positions.ndim == 3 or compaction.is_identity:
+            shifted = positions if before is None else positions - before.to(positions.device)
+            return gather_positions(shifted, compaction.index), before
+        if before is not None:
+            positions = positions - before.to(positions.device)
+        fresh = renumbered(positions, compaction)
+        last_before = positions.expand(fresh.shape[0], -1)[:, -1:].max(1, keepdim=True).values
+        step = positions.expand(fresh.shape[0], -1).max(1, keepdim=True).values
+        del last_before
+        offset = step - fresh.max(1, keepdim=True).values
+        if before is not None:
+            offset = offset + before.to(offset.device)
+        return fresh, offset.cpu()
+
+    def _continue(self, kwargs: dict[str, Any], cache: Any, ledger: Ledger) -> dict[str, Any]:
+        """A pass without new visual tokens on a compacted cache: decoding, or a later turn of text."""
+        kwargs = dict(kwargs)
+        embeds = kwargs["inputs_embeds"]
+        batch, length = embeds.shape[:2]
+        physical = int(cache.layers[0].get_seq_length()) + length
+        span = ledger.spans[0]
+        given = padding_mask(kwargs.get("attention_mask"), batch, physical + span.removed)
+        needed = given is not None and not bool(given.all())
+        if needed or any(s.ragged for s in ledger.spans.values()):
+            kwargs["attention_mask"] = span.mask(physical, given).to(embeds.device)
+            self._decoder.step(ledger, given)
+        else:
+            kwargs["attention_mask"] = None
+        positions = kwargs.get("position_ids")
+        if positions is None and self.facts.position_axes == 1:
+            start = physical - length + span.removed
+            positions = (torch.arange(length, device=embeds.device) + start)[None]
+        if positions is not None and positions.shape[-1] > length:
+            positions = positions[..., -length:]
+        if positions is not None and positions.ndim == 2 and ledger.offset is not None:
+            positions = positions - ledger.offset.to(positions.device)
+        kwargs["position_ids"] = positions
+        return kwargs
+
+    def _after_llm(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.clock.stop("prefill")
+        self.clock.stop("decode")
+        if self._ledger is not None:
+            self._ledger.inside = False
+        if self._fresh is not None and output is not None:
+            cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
+            if cache is not None:
+                ledger = self._ledger or Ledger()
+                ledger.spans, ledger.offset = dict(self._decoder.spans), self._fresh[0]
+                ledger.bind(cache)
+        self._fresh, self._ledger = None, None
+        self._decoder.end()
+
+    # -- the loss ----------------------------------------------------------------------------------------------
+
+    def _wrap_loss(self) -> None:
+        """Let the loss compare logits of a shortened sequence with equally shortened labels."""
+        self._had_loss = "_loss_function" in vars(self.model)
+        original = getattr(self.model, "loss_function", None)
+        if original is None:
+            return
+        self._original_loss = original
+
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            labels, compaction = kwargs.get("labels"), self._compaction
+            if labels is not None and compaction is not None and labels.shape[-1] == compaction.length:
+                shorter = gather_sequence(labels, compaction.index)
+                kwargs["labels"] = shorter.masked_fill(~compaction.real.to(labels.device), -100)
+            return original(*args, **kwargs)
+
+        vars(self.model)["_loss_function"] = loss
+
+    def _unwrap_loss(self) -> None:
+        if self._had_loss:
+            vars(self.model)["_loss_function"] = self._original_loss
+        else:
+            vars(self.model).pop("_loss_function", None)
+
+
+def _past_masks(
+    cache: Any, ledger: Ledger | None, batch: int, given: Any, length: int
+) -> tuple[dict[int, Tensor], dict[int, int], int]:
+    """Padding masks of the cached entries by first layer, tokens missing from them, and the length seen so far."""
+    if ledger is not None:
+        first = ledger.spans[0]
+        seen = int(cache.layers[0].get_seq_length()) + first.removed
+        mask = padding_mask(given, batch, seen + length)
+        past = None if mask is None else mask[:, :seen]
+        pasts = {
+            layer: span.mask(int(cache.layers[layer].get_seq_length()), past)
+            for layer, span in ledger.spans.items()
+        }
+        return pasts, {layer: span.removed for layer, span in ledger.spans.items()}, seen
+    seen = int(cache.get_seq_length()) if cache is not None else 0
+    mask = padding_mask(given, batch, seen + length)
+    past = torch.ones(batch, seen, dtype=torch.bool) if mask is None else mask[:, :seen]
+    return {0: past}, {0: 0}, seen
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The composite model inside a ``...ForConditionalGeneration`` (or the model itself)."""
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+def attached(model: nn.Module) -> Run | None:
+    """The run that a model carries, if any."""
+    return vars(model).get(_MARK)
+
+
+def check_composition(methods: Sequence[Method]) -> None:
+    """Raise MethodError for methods that cannot act together."""
+    for stage in ("frames", "tokens"):
+        acting = [m.name for m in methods if stage in m.stages]
+        if len(acting) > 1:
+            raise MethodError(
+                f"Only one method may act at the {stage} stage, not {' and '.join(acting)}; compose methods of "
+                "different stages, or give a selector a frame budget (budget='vidcom2')."
+            )
+
+
+def tower_requests(
+    base: nn.Module, host: Host, methods: Sequence[Method], facts: Any
+) -> list[SignalRequest]:
+    """Tower signals that the methods need, or a SignalError that names the methods that would work."""
+    requests: dict[str, SignalRequest] = {}
+    for method in methods:
+        for text in method.signals(facts):
+            request = SignalRequest.parse(text)
+            if host.availability(request.name, base) == "absent":
+                from tokensieve.core.registry import fitting_methods
+
+                raise SignalError(
+                    f"{method.name} needs {request.name}, which {host.slug} cannot give: "
+                    f"{host.why_absent(request.name)}; methods that work here: "
+                    f"{', '.join(fitting_methods(host, base))}."
+                )
+            if request.name.startswith("encoder."):
+                host.resolve_layer(base, request)
+                requests[str(request)] = request
+    return list(requests.values())

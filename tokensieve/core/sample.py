@@ -1,0 +1,141 @@
+"""What a method sees: one visual item (or one prompt row) with local indices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokensieve.core.layout import Layout
+from tokensieve.errors import MethodError
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """The few numbers about a host that a method may choose defaults by.
+
+    Attributes
+    ----------
+    family
+        Slug of the host.
+    decoder_layers, tower_layers
+        Number of LLM layers and of vision tower layers.
+    feature_layer
+        Index (from zero) of the tower layer whose output is projected.
+    has_class_token
+        Whether the tower carries a class token.
+    position_axes
+        1 for plain rotary positions, 3 for temporal / height / width.
+    deepstack_layers
+        Number of first decoder layers that receive extra visual features; no cut may happen inside.
+    window_attention
+        Whether some tower layers attend inside windows only.
+    """
+
+    family: str
+    decoder_layers: int
+    tower_layers: int
+    feature_layer: int
+    has_class_token: bool
+    position_axes: int = 1
+    deepstack_layers: int = 0
+    window_attention: bool = False
+
+
+@dataclass
+class FrameSample:
+    """One video before it is encoded: the number of its frames (temporal steps of the tower)."""
+
+    frames: int
+    index: int = 0
+
+
+@dataclass
+class TokenSample:
+    """One visual item in front of the LLM.
+
+    Attributes
+    ----------
+    features : Tensor [n, D]
+        Patch features (separators left out), frame-major and row-major, in the model's dtype.
+    layout : Layout
+        Geometry; ``layout.patches == n``.
+    signals
+        Requested signals, by the text of the request.
+    facts : HostFacts, optional
+        About the host; None when a method is called outside a model.
+    budget : Tensor [views], optional
+        Number of tokens each view may keep, when a frame-budget module allocates.
+    index
+        Which visual item of the prompt row this is.
+    """
+
+    features: Tensor
+    layout: Layout
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    facts: HostFacts | None = None
+    budget: Tensor | None = None
+    index: int = 0
+    generator: torch.Generator | None = None
+
+    @property
+    def frames(self) -> int:
+        """Number of views."""
+        return len(self.layout.views)
+
+    @property
+    def by_frame(self) -> Tensor:
+        """Features as [F, N, D]; needs equal views."""
+        if not self.layout.is_uniform:
+            raise MethodError(f"This item has views of different sizes {self.layout.views}; plan view by view.")
+        return self.features.view(self.frames, -1, self.features.shape[-1])
+
+    def signal(self, request: str) -> Tensor:
+        """A requested signal, or a MethodError that names it."""
+        if request not in self.signals:
+            raise MethodError(f"The signal {request!r} was not requested or not provided.")
+        return self.signals[request]
+
+    def view(self, index: int) -> TokenSample:
+        """One view as a sample of its own."""
+        layout = self.layout.of_view(index)
+        start = sum(rows * columns for rows, columns in self.layout.views[:index])
+        part = slice(start, start + layout.patches)
+        total = self.layout.patches
+        signals = {k: v[part] if v.shape[:1] == (total,) else v for k, v in self.signals.items()}
+        budget = None if self.budget is None else self.budget[index : index + 1]
+        return TokenSample(
+            self.features[part], layout, signals, self.facts, budget, self.index, self.generator
+        )
+
+
+@dataclass
+class DecoderSample:
+    """The visual tokens of one prompt row in front of one decoder layer.
+
+    Attributes
+    ----------
+    hidden : Tensor [n, D]
+        States of the visual patch tokens still alive, in reading order.
+    attention : Tensor [n]
+        Attention of the last prompt token to them in the layer before, mean over heads, float32.
+    layer
+        Index of the decoder layer that will run on what is kept.
+    entered
+        Number of visual patch tokens of the row before any compression.
+    view, item : Tensor [n]
+        Frame (counted over all items of the row) and item of every token.
+    budget : Tensor [frames], optional
+        Number of tokens every frame of the row may keep, when a frame-budget module allocates.
+    """
+
+    hidden: Tensor
+    attention: Tensor
+    layer: int
+    entered: int
+    view: Tensor
+    item: Tensor
+    budget: Tensor | None = None
+    facts: HostFacts | None = None

@@ -1,0 +1,81 @@
+"""The named quantities that methods ask for and hosts provide.
+
+A request is a name, optionally with a layer: ``"encoder.received_attention@feature"``. Layers are counted from
+zero; ``feature`` is the tower layer whose output is projected, ``last`` the last layer the tower runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Availability = Literal["native", "recomputed", "extra pass", "absent"]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A named quantity: what it is, its shape, and the stage at which it exists."""
+
+    name: str
+    stage: str
+    shape: str
+    meaning: str
+
+
+SIGNALS: dict[str, Signal] = {
+    signal.name: signal
+    for signal in (
+        Signal(
+            "tokens.features",
+            "tokens",
+            "[n, D]",
+            "Patch features as they enter the LLM, after projector and pooling.",
+        ),
+        Signal(
+            "encoder.received_attention",
+            "encoder",
+            "[n]",
+            "Attention that a patch receives in one tower layer, mean over heads and queries, pooled like the "
+            "features; recomputed from queries and keys in chunks.",
+        ),
+        Signal(
+            "encoder.class_attention",
+            "encoder",
+            "[n]",
+            "Attention of the class token to a patch in one tower layer, mean over heads, pooled like the features.",
+        ),
+        Signal(
+            "decoder.last_query_attention",
+            "decoder",
+            "[n]",
+            "Attention of the last prompt token to a visual token in the decoder layer before the cut, mean over "
+            "heads; one row, recomputed from queries and keys.",
+        ),
+        Signal(
+            "decoder.hidden_states",
+            "decoder",
+            "[n, D]",
+            "States of the visual tokens in front of the decoder layer at which the method cuts.",
+        ),
+        Signal("frames.count", "frames", "int", "Number of frames (temporal steps) of a video before encoding."),
+    )
+}
+
+
+@dataclass(frozen=True)
+class SignalRequest:
+    """A signal and, for tower signals, the layer: an index or ``"feature"`` / ``"last"``."""
+
+    name: str
+    layer: int | str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> SignalRequest:
+        """From ``name`` or ``name@layer``."""
+        name, _, layer = text.partition("@")
+        if not layer:
+            return cls(name)
+        return cls(name, int(layer) if layer.lstrip("-").isdigit() else layer)
+
+    def __str__(self) -> str:
+        return self.name if self.layer is None else f"{self.name}@{self.layer}"

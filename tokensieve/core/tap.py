@@ -1,0 +1,164 @@
+"""Listening to the vision encoder: which items it encoded, the signals it gave, and which frames it may skip."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.core.encode import EncodeCall
+from tokensieve.core.layout import ItemKind
+from tokensieve.core.method import Method
+from tokensieve.core.sample import FrameSample
+from tokensieve.core.signals import SignalRequest
+from tokensieve.hosts.base import Host
+
+_CALL = "tokensieve_call"
+
+
+class EncoderTap:
+    """Wraps ``get_image_features`` and ``get_video_features`` of one model instance.
+
+    Parameters
+    ----------
+    base
+        The composite model without head.
+    host
+        Its family.
+    requests
+        Tower signals to collect.
+    frame_method
+        Method that drops frames before they are encoded, if any.
+    clock
+        Called with a stage name; returns a context manager that times it.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        host: Host,
+        requests: Sequence[SignalRequest],
+        frame_method: Method | None,
+        clock: Callable[[str], Any],
+    ) -> None:
+        self.base, self.host = base, host
+        self.requests = requests
+        self.frame_method = frame_method
+        self.clock = clock
+        self.pending: dict[ItemKind, EncodeCall] = {}
+        self._active: EncodeCall | None = None
+        self._handles: list[Any] = []
+        self._wrapped: list[str] = []
+
+    def attach(self) -> None:
+        """Install the wrappers and the tower hooks."""
+        for modality in self.host.modalities:
+            name = f"get_{modality}_features"
+            setattr(self.base, name, self._wrap(modality, getattr(self.base, name)))
+            self._wrapped.append(name)
+        tower = self.host.tower(self.base)
+        for request in self.requests:
+            layer = self.host.resolve_layer(self.base, request)
+            module = self.host.tower_module(self.base)
+            self._handles += tower.listen(module, request.name, layer, self._collect, str(request))
+
+    def detach(self) -> None:
+        """Remove everything that `attach` installed."""
+        for handle in self._handles:
+            handle.remove()
+        for name in self._wrapped:
+            delattr(self.base, name)
+        self._handles, self._wrapped, self._active = [], [], None
+        self.pending = {}
+
+    def calls(self, encoded: Any) -> dict[ItemKind, EncodeCall]:
+        """Encoder calls behind the features of the present forward pass; pending ones are used up.
+
+        Parameters
+        ----------
+        encoded
+            ``mm_encoder_outputs`` of the forward pass, if any: outputs that were computed earlier remember
+            their call.
+        """
+        found: dict[ItemKind, EncodeCall] = {}
+        for modality, output in (encoded or {}).items():
+            call = getattr(output, _CALL, None)
+            if call is not None:
+                found[modality] = call
+        found.update({key: call for key, call in self.pending.items() if key not in found})
+        self.pending = {}
+        return found
+
+    def _collect(self, key: str, value: Tensor) -> None:
+        if self._active is not None:
+            self._active.raw[key] = value
+
+    def _wrap(self, modality: ItemKind, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            if self._active is not None:
+                return original(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs).arguments
+            arguments = {**bound, **bound.pop("kwargs", {})}
+            arguments.pop("kwargs", None)
+            call = EncodeCall(modality, arguments)
+            call.items = self.host.describe(self.base, call)
+            self._active = call
+            try:
+                with self.clock("encode"):
+                    output = self._run(original, call)
+            finally:
+                self._active = None
+            self.pending[modality] = call
+            if not isinstance(output, tuple):
+                setattr(output, _CALL, call)
+            return output
+
+        return encode
+
+    def _run(self, original: Callable[..., Any], call: EncodeCall) -> Any:
+        """The encoder on all frames, or on those that the frames-stage method keeps."""
+        method = self.frame_method
+        if method is None or call.modality != "video":
+            return original(**call.arguments)
+        keeps = []
+        for index, item in enumerate(call.items):
+            item.frames_kept = method.plan_frames(FrameSample(len(item.layout.views), index)).long().cpu()
+            keeps.append(item.frames_kept)
+        if not self.host.drops_frames or all(
+            keep.numel() == len(item.layout.views) for keep, item in zip(keeps, call.items, strict=True)
+        ):
+            return original(**call.arguments)
+        fewer = EncodeCall(call.modality, self.host.with_frames(self.base, call, keeps))
+        fewer.items = self.host.describe(self.base, fewer)
+        output = original(**fewer.arguments)
+        return _spread(output, call)
+
+
+def _spread(output: Any, call: EncodeCall) -> Any:
+    """An encoder output of some frames, with zero features in the places of the frames left out.
+
+    The places keep prompt and features the same length; the compactor removes them before the LLM runs.
+    """
+    tokens = [
+        item.layout.of_views(item.frames_kept)[1] for item in call.items if item.frames_kept is not None
+    ]
+
+    def spread(features: Any) -> Any:
+        full = []
+        for part, item, places in zip(features, call.items, tokens, strict=True):
+            grown = part.new_zeros(item.layout.tokens, part.shape[-1])
+            full.append(grown.index_copy(0, places.to(part.device), part))
+        return torch.stack(full) if isinstance(features, Tensor) else type(features)(full)
+
+    output.pooler_output = spread(output.pooler_output)
+    deepstack = getattr(output, "deepstack_features", None)
+    if deepstack is not None:
+        output.deepstack_features = [spread(plane) for plane in deepstack]
+    return output

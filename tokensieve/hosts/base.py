@@ -1,0 +1,153 @@
+"""What a host says about its model family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.core.encode import EncodeCall, EncodedItem
+from tokensieve.core.layout import ItemKind
+from tokensieve.core.sample import HostFacts
+from tokensieve.core.signals import SIGNALS, Availability, SignalRequest
+from tokensieve.errors import HostError, SignalError
+from tokensieve.hosts.towers import PictureTower
+
+
+class Host:
+    """One model family: module paths, token layout, position scheme, signal providers. Knows no method.
+
+    The paths are relative to the base model (``model.model`` of a ``...ForConditionalGeneration``), which runs
+    the encoder, scatters its features over the placeholders and calls the language model.
+    """
+
+    slug: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    model_types: ClassVar[tuple[str, ...]] = ()
+    modalities: ClassVar[tuple[ItemKind, ...]] = ("image", "video")
+    layout_note: ClassVar[str] = ""
+    position_axes: ClassVar[int] = 1
+    language_model: ClassVar[str] = "language_model"
+    decoder_layers: ClassVar[str] = "layers"
+    vision_tower: ClassVar[str] = "vision_tower"
+    drops_frames: ClassVar[bool] = True
+    window_attention: ClassVar[bool] = False
+    absent: ClassVar[Mapping[str, str]] = {}
+
+    def tower(self, base: nn.Module) -> PictureTower:
+        """How attention is read out of this family's vision tower."""
+        raise HostError(f"{self.slug} describes no vision tower.")
+
+    def tower_module(self, base: nn.Module) -> nn.Module:
+        """The vision tower itself."""
+        return base.get_submodule(self.vision_tower)
+
+    def text_model(self, base: nn.Module) -> nn.Module:
+        """The language model without its head."""
+        return base.get_submodule(self.language_model)
+
+    def layers(self, base: nn.Module) -> nn.ModuleList:
+        """Decoder layers of the language model."""
+        layers = self.text_model(base).get_submodule(self.decoder_layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def facts(self, base: nn.Module) -> HostFacts:
+        """Numbers that methods choose defaults by."""
+        tower = self.tower(base)
+        return HostFacts(
+            family=self.slug,
+            decoder_layers=len(self.layers(base)),
+            tower_layers=len(tower.attentions(self.tower_module(base))),
+            feature_layer=self.feature_layer(base),
+            has_class_token=tower.class_token,
+            position_axes=self.position_axes,
+            deepstack_layers=self.deepstack_layers(base),
+            window_attention=self.window_attention,
+        )
+
+    def feature_layer(self, base: nn.Module) -> int:
+        """Index from zero of the tower layer whose output is projected."""
+        depth = len(self.tower(base).attentions(self.tower_module(base)))
+        chosen = getattr(base.config, "vision_feature_layer", -1)
+        chosen = chosen[-1] if isinstance(chosen, (list, tuple)) else chosen
+        return (chosen if chosen >= 0 else depth + 1 + chosen) - 1
+
+    def deepstack_layers(self, base: nn.Module) -> int:
+        """Number of first decoder layers that receive extra visual features."""
+        return 0
+
+    def availability(self, name: str, base: nn.Module) -> Availability:
+        """Whether a signal is native, recomputed, an extra pass, or absent."""
+        if name in self.absent:
+            return "absent"
+        if name == "encoder.class_attention":
+            return "recomputed" if self.tower(base).class_token else "absent"
+        if name in ("encoder.received_attention", "decoder.last_query_attention"):
+            return "recomputed"
+        return "native" if name in SIGNALS else "absent"
+
+    def why_absent(self, name: str) -> str:
+        """One clause on why a signal does not exist here."""
+        if name in self.absent:
+            return self.absent[name]
+        if name == "encoder.class_attention":
+            return "its vision tower has no class token"
+        return "nothing in this family gives it"
+
+    def resolve_layer(self, base: nn.Module, request: SignalRequest) -> int:
+        """Tower layer (from zero) that a request means."""
+        depth = len(self.tower(base).attentions(self.tower_module(base)))
+        layer = request.layer if request.layer is not None else "feature"
+        if layer == "feature":
+            return self.feature_layer(base)
+        if layer == "last":
+            return depth - 1
+        if not isinstance(layer, int) or not -depth <= layer < depth:
+            raise SignalError(f"{request} asks for tower layer {layer}, but the tower has layers 0..{depth - 1}.")
+        return layer % depth
+
+    def placeholder_id(self, base: nn.Module, modality: ItemKind) -> int | None:
+        """Token id that stands for a visual feature of a modality."""
+        return getattr(base.config, f"{modality}_token_id", None)
+
+    def describe(self, base: nn.Module, call: EncodeCall) -> list[EncodedItem]:
+        """Visual items of an encoder call, from the arguments alone."""
+        raise HostError(f"{self.slug} does not describe its {call.modality}s.")
+
+    def regroup(
+        self, base: nn.Module, items: list[EncodedItem], ids: Tensor, modality: ItemKind
+    ) -> list[EncodedItem]:
+        """Items as the prompt groups them; a hook for families that encode video frames as pictures."""
+        return items
+
+    def pool(self, base: nn.Module, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
+        """A raw tower signal of one item, brought to its tokens as the features are [patches]."""
+        raise HostError(f"{self.slug} cannot bring tower signals to its tokens.")
+
+    def with_frames(
+        self, base: nn.Module, call: EncodeCall, keeps: Sequence[Tensor]
+    ) -> dict[str, Any]:
+        """Arguments of the encoder call with only some frames of every video."""
+        raise HostError(f"{self.slug} cannot encode a subset of frames.")
+
+    def decoder_rotary(self, attention: nn.Module) -> Any:
+        """The rotary function that the family's decoder attention uses."""
+        import sys
+
+        return sys.modules[type(attention).__module__].apply_rotary_pos_emb
+
+
+def square_pool(raw: Tensor, side: int, size: tuple[int, int], mode: str) -> Tensor:
+    """Pool per-picture patch signals [B, side*side] to [B, size] with the 2-d pooling that the features get."""
+    grid = raw.float().view(raw.shape[0], 1, side, side)
+    if mode == "average":
+        return nn.functional.avg_pool2d(grid, 2).flatten(1)
+    return nn.functional.interpolate(grid, size=size, mode=mode).flatten(1)
+
+
+def as_list(sizes: Any) -> list[list[int]]:
+    """Nested integers from a tensor or sequence of (height, width) or (t, h, w)."""
+    return torch.as_tensor(sizes).tolist()

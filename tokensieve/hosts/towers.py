@@ -1,0 +1,129 @@
+"""Reading attention out of vision towers, whatever attention kernel they run.
+
+A reader listens to the projections of one attention module, rebuilds its queries and keys, and reduces them to
+statistics at once; no attention matrix and no activation outlives the call.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.ops.attention import class_attention, received_attention
+
+Sink = Callable[[str, Tensor], None]
+
+
+@dataclass
+class QueriesKeys:
+    """Queries and keys [B, H, N, d] of one attention module; ``segments`` bound the blocks it attends in."""
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    segments: Tensor | None = None
+
+
+class PictureTower:
+    """Towers that take a batch of pictures [B, 3, H, W]: CLIP, SigLIP, InternVL's ViT.
+
+    Parameters
+    ----------
+    layers
+        Path of the layer list inside the tower.
+    attention
+        Name of the attention module inside a layer.
+    class_token
+        Whether position 0 is a class token.
+    """
+
+    packed = False
+
+    def __init__(self, layers: str, attention: str = "self_attn", class_token: bool = False) -> None:
+        self.layers_path = layers
+        self.attention_name = attention
+        self.class_token = class_token
+
+    def attentions(self, tower: nn.Module) -> list[nn.Module]:
+        """Attention modules in order."""
+        return [getattr(layer, self.attention_name) for layer in tower.get_submodule(self.layers_path)]
+
+    def projections(self, attention: nn.Module) -> dict[str, nn.Module]:
+        """Modules whose outputs are the queries and keys (behind their norms where there are any)."""
+        found = {}
+        for part in ("q", "k"):
+            norm = getattr(attention, f"{part}_norm", None)
+            found[part] = norm if isinstance(norm, nn.Module) else getattr(attention, f"{part}_proj")
+        return found
+
+    def queries_keys(
+        self, attention: nn.Module, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
+    ) -> QueriesKeys:
+        """Queries and keys of one call from the outputs of the projections."""
+        heads = attention.num_heads
+        q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (outputs["q"], outputs["k"]))
+        return QueriesKeys(q, k, q.shape[-1] ** -0.5)
+
+    def reduce(self, name: str, qk: QueriesKeys) -> Tensor:
+        """The statistic ``name`` per picture and patch [B, N] (class token column removed)."""
+        if name == "encoder.class_attention":
+            return class_attention(qk.q, qk.k, scale=qk.scale)[:, 1:]
+        received = received_attention(qk.q, qk.k, scale=qk.scale)
+        return received[:, 1:] if self.class_token else received
+
+    def listen(self, tower: nn.Module, name: str, layer: int, sink: Sink, key: str) -> list[Any]:
+        """Hooks that hand the statistic of one layer to ``sink`` on every call of the tower."""
+        attention = self.attentions(tower)[layer]
+        outputs: dict[str, Tensor] = {}
+
+        def keep(part: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                outputs[part] = output.detach()
+
+            return hook
+
+        def finish(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+            with torch.no_grad():
+                sink(key, self.reduce(name, self.queries_keys(module, outputs, kwargs)))
+            outputs.clear()
+
+        handles = [
+            module.register_forward_hook(keep(part)) for part, module in self.projections(attention).items()
+        ]
+        handles.append(attention.register_forward_hook(finish, with_kwargs=True))
+        return handles
+
+
+class PackedTower(PictureTower):
+    """Towers that take all patches of all pictures as one sequence with block lengths (Qwen-VL, VideoLLaMA3)."""
+
+    packed = True
+
+    def projections(self, attention: nn.Module) -> dict[str, nn.Module]:
+        """A fused projection where there is one, separate ones otherwise."""
+        fused = getattr(attention, "qkv", None)
+        return {"qkv": fused} if isinstance(fused, nn.Module) else super().projections(attention)
+
+    def queries_keys(
+        self, attention: nn.Module, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
+    ) -> QueriesKeys:
+        """Queries and keys with the tower's rotary embedding applied, [1, H, n, d]."""
+        heads = attention.num_heads
+        if "qkv" in outputs:
+            q, k = outputs["qkv"].unflatten(-1, (3, heads, -1)).unbind(1)[:2]
+        else:
+            q, k = (outputs[part].unflatten(-1, (heads, -1)) for part in ("q", "k"))
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+        cos, sin = kwargs["position_embeddings"]
+        q, k = rotate(q, k, cos, sin)
+        q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
+        return QueriesKeys(q, k, q.shape[-1] ** -0.5, kwargs["cu_seqlens"])
+
+    def reduce(self, name: str, qk: QueriesKeys) -> Tensor:
+        """Sum over the queries of a patch's block [n]; the host divides by the patches of a frame."""
+        return received_attention(qk.q, qk.k, scale=qk.scale, segments=qk.segments, reduce_queries="sum")[0]

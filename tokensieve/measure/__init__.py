@@ -1,0 +1,1 @@
+"""FLOPs, memory and the report of a run."""

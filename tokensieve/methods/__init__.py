@@ -1,0 +1,1 @@
+"""Compression methods: one file each, named by its slug."""
