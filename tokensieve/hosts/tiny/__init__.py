@@ -1,0 +1,32 @@
+"""Small random-weight checkpoints of ten model families, for tests and for the demonstration.
+
+A tiny checkpoint has the real classes, configuration, processor, tokenizer and chat template of its family
+and loads like a model from the hub; only its sizes are small and its weights random, so that a prompt of a
+few frames takes some 20 milliseconds on one processor core.
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from tokensieve.hosts import tiny
+
+    folder = tiny.cached("qwen2_5_vl")
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = tiny.example_inputs("qwen2_5_vl", processor, videos=2, batch=3)
+    answers = model.generate(**inputs, max_new_tokens=4)
+"""
+
+from tokensieve.hosts.tiny.examples import example_inputs, example_messages, synthetic_clip, synthetic_image
+from tokensieve.hosts.tiny.families import FAMILIES, TinyFamily, family_of
+from tokensieve.hosts.tiny.store import build, build_in_memory, cached
+
+__all__ = [
+    "FAMILIES",
+    "TinyFamily",
+    "build",
+    "build_in_memory",
+    "cached",
+    "example_inputs",
+    "example_messages",
+    "family_of",
+    "synthetic_clip",
+    "synthetic_image",
+]
