@@ -24,11 +24,17 @@ class EncodedItem:
         patches for towers that take one packed sequence.
     frames_kept : Tensor, optional
         Views that were really encoded when a frames-stage method dropped some.
+    whole : EncodedItem, optional
+        The item as the encoder gave it, when the host itself passes only some of its tokens on.
+    present : Tensor, optional
+        Those tokens, as ids of ``whole.layout``.
     """
 
     layout: Layout
     units: slice
     frames_kept: Tensor | None = None
+    whole: EncodedItem | None = None
+    present: Tensor | None = None
 
 
 @dataclass

@@ -92,8 +92,13 @@ class Layout:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether every view has the same grid, so that features can be viewed as [frames, patches, D]."""
-        return len(set(self.views)) == 1
+        """Whether every view has the same full grid, so that features can be viewed as [frames, patches, D]."""
+        return len(set(self.views)) == 1 and self.patches == sum(rows * columns for rows, columns in self.views)
+
+    @cached_property
+    def patches_per_view(self) -> Tensor:
+        """Number of patches of every view, int64 [views]."""
+        return torch.bincount(self.patch_view, minlength=len(self.views))
 
     def of_views(self, keep: Tensor) -> tuple[Layout, Tensor]:
         """The item with only some of its views (ascending), and the token ids it consists of.
@@ -108,7 +113,13 @@ class Layout:
         part = Layout(self.kind, views, view, self.row[tokens], self.column[tokens], self.is_patch[tokens])
         return part, tokens
 
+    def of_tokens(self, tokens: Tensor) -> Layout:
+        """The item with only some of its tokens (ascending), for hosts that leave tokens out by themselves."""
+        return Layout(
+            self.kind, self.views, self.view[tokens], self.row[tokens], self.column[tokens], self.is_patch[tokens]
+        )
+
     def of_view(self, index: int) -> Layout:
         """The patches of one view as an item of its own (separators are left out)."""
-        rows, columns = self.views[index]
-        return Layout.regular(self.kind, 1, rows, columns)
+        part, _ = self.of_views(torch.tensor([index]))
+        return part.of_tokens(part.patch_tokens)

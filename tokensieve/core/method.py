@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -111,11 +110,16 @@ class Method:
 
     def run_tokens(self, sample: TokenSample) -> Plan:
         """`plan_tokens`, view by view where the method needs equal views and the item has none."""
-        if self.uniform_views and not sample.layout.is_uniform:
-            plans = [self.plan_tokens(sample.view(i)).checked(
-                math.prod(sample.layout.views[i]), self.name) for i in range(sample.frames)]
-            return join_views(sample.layout, plans)
-        return self.plan_tokens(sample)
+        if not self.uniform_views or sample.layout.is_uniform:
+            return self.plan_tokens(sample)
+        if sample.layout.kind == "video":
+            raise MethodError(
+                f"{self.name} compares frames patch by patch and needs every frame in full, but this model's "
+                "processor left tokens out; build the inputs with use_token_compression=False."
+            )
+        views = [sample.view(i) for i in range(sample.frames)]
+        plans = [self.plan_tokens(view).checked(view.layout.patches, self.name) for view in views]
+        return join_views(sample.layout, plans)
 
     def options(self) -> dict[str, object]:
         """Hyper-parameters as a plain dictionary."""
@@ -145,10 +149,10 @@ class Selector(Method):
             keep = self.select(sample, self.count(sample))
             return Plan(keep, positions=self.position_policy)
         keeps, start = [], 0
-        for index, (rows, columns) in enumerate(sample.layout.views):
+        for index, patches in enumerate(sample.layout.patches_per_view.tolist()):
             part = sample.view(index)
-            keeps.append(self.select(part, int(sample.budget[index])).cpu() + start)
-            start += rows * columns
+            keeps.append(self.select(part, min(patches, int(sample.budget[index]))).cpu() + start)
+            start += patches
         return Plan(torch.cat(keeps), positions=self.position_policy, info={"frame_budget": sample.budget})
 
 

@@ -87,7 +87,7 @@ def keep_all(patches: int, positions: Positions = "renumber") -> Plan:
 
 def join_views(layout: Layout, plans: Sequence[Plan]) -> Plan:
     """One plan for an item whose views were planned one by one."""
-    starts = torch.tensor([0] + [rows * columns for rows, columns in layout.views]).cumsum(0).tolist()
+    starts = (layout.patches_per_view.cumsum(0) - layout.patches_per_view).tolist()
     keep = torch.cat([plan.keep.cpu() + start for plan, start in zip(plans, starts, strict=False)])
     features = None
     if any(plan.features is not None for plan in plans):

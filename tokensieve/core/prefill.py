@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from tokensieve.core.encode import EncodeCall, EncodedItem
 from tokensieve.core.layout import ItemKind
 from tokensieve.core.method import Method
 from tokensieve.core.plan import Plan, keep_all, reading_order
-from tokensieve.core.sample import HostFacts, TokenSample
+from tokensieve.core.sample import FrameSample, HostFacts, TokenSample
 from tokensieve.core.signals import SignalRequest
 from tokensieve.core.trace import ItemTrace, PrefillTrace
 from tokensieve.errors import HostError, MethodError
@@ -48,7 +49,11 @@ class Tracked:
 
 
 def locate(
-    base: nn.Module, host: Host, calls: Mapping[ItemKind, EncodeCall], ids: Tensor
+    base: nn.Module,
+    host: Host,
+    calls: Mapping[ItemKind, EncodeCall],
+    ids: Tensor,
+    arguments: Mapping[str, Any],
 ) -> list[PromptItem]:
     """Match encoder calls with the placeholders of a prompt.
 
@@ -59,6 +64,8 @@ def locate(
     ----------
     ids : Tensor [B, L]
         Token ids on the CPU.
+    arguments
+        Arguments of the composite model's forward pass.
 
     Raises
     ------
@@ -70,7 +77,7 @@ def locate(
     for modality, call in calls.items():
         token_id = host.placeholder_id(base, modality)
         places = (ids == token_id).flatten().nonzero().flatten()
-        items = host.regroup(base, call.items, ids, modality)
+        items = host.regroup(base, call, ids, arguments)
         total = sum(item.layout.tokens for item in items)
         if total == 0 or places.numel() == 0:
             continue
@@ -122,6 +129,7 @@ class Planner:
         self.token_method = next((m for m in methods if "tokens" in m.stages), None)
         self.decoder_methods = [m for m in methods if "decoder" in m.stages]
         frame_method = next((m for m in methods if "frames" in m.stages), None)
+        self.frame_method = frame_method
         self.default_positions = frame_method.position_policy if frame_method else "renumber"
 
     def plan(self, item: PromptItem, embeds: Tensor, index: int) -> None:
@@ -133,7 +141,7 @@ class Planner:
             Input embeddings of the item's row.
         """
         layout = item.encoded.layout
-        kept_views = item.encoded.frames_kept
+        kept_views = self._frames(item, index)
         part, tokens = layout.of_views(kept_views) if kept_views is not None else (layout, None)
         positions = item.positions if tokens is None else item.positions[tokens]
         patch_positions = positions[part.patch_tokens].to(embeds.device)
@@ -154,7 +162,7 @@ class Planner:
             return keep_all(patches, self.default_positions)
         if method.retention >= 1.0:
             return keep_all(patches, method.position_policy)
-        if not torch.isfinite(sample.features.sum()):
+        if not torch.isfinite(sample.features.sum(dtype=torch.float32)):
             raise MethodError(
                 "The visual features hold NaN or infinity; check the weights and the dtype (float16 overflows in "
                 "some towers, bfloat16 does not)."
@@ -163,13 +171,25 @@ class Planner:
             sample.budget = allocate(method.budget, sample, method.retention)
         return method.run_tokens(sample).checked(patches, method.name)
 
+    def _frames(self, item: PromptItem, index: int) -> Tensor | None:
+        """Views that the frames stage keeps; decided here for hosts that encode frames as single pictures."""
+        encoded = item.encoded
+        views = len(encoded.layout.views)
+        if encoded.frames_kept is None and self.frame_method is not None and encoded.layout.kind == "video":
+            encoded.frames_kept = self.frame_method.plan_frames(FrameSample(views, index)).long().cpu()
+        return encoded.frames_kept
+
     def _signals(self, item: PromptItem) -> dict[str, Tensor]:
         signals = {}
         for request in self.requests:
             raw = item.call.raw.get(str(request))
             if raw is None:
                 raise HostError(f"The encoder gave no {request}; encode inside of the compressed run.")
-            signals[str(request)] = self.host.pool(self.base, item.call, item.encoded, raw[item.encoded.units])
+            whole = item.encoded.whole or item.encoded
+            pooled = self.host.pool(self.base, item.call, whole, raw[whole.units])
+            if item.encoded.present is not None:
+                pooled = pooled[item.encoded.present.to(pooled.device)]
+            signals[str(request)] = pooled
         return signals
 
 

@@ -74,8 +74,7 @@ class Run:
         self._decoder = DecoderStage(self.base, host, self.facts, decoder_methods, gaps, self.clock)
         self._handles: list[Any] = []
         self._ids: Tensor | None = None
-        self._encoded: Any = None
-        self._has_ids = False
+        self._arguments: dict[str, Any] = {}
         self._compaction: Compaction | None = None
         self._ledger: Ledger | None = None
         self._fresh: tuple[Tensor | None, Tensor | None] | None = None
@@ -141,26 +140,25 @@ class Run:
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         ids = bound.get("input_ids")
-        self._has_ids = ids is not None
         self._ids = None if ids is None else ids.detach()
-        self._encoded = bound.get("mm_encoder_outputs")
+        self._arguments = bound | bound.pop("kwargs", {})
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._ids, self._encoded = None, None
+        self._ids, self._arguments = None, {}
 
     def _before_llm(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self.clock.start("prefill" if kwargs["inputs_embeds"].shape[1] > 1 else "decode")
         cache = kwargs.get("past_key_values")
         ledger = Ledger.of(cache)
         self._compaction, self._fresh, self._ledger = None, None, ledger
-        calls = self._tap.calls(self._encoded)
+        calls = self._tap.calls(self._arguments.get("mm_encoder_outputs"))
         if ledger is not None:
             ledger.inside = True
         items: list[PromptItem] = []
         if calls:
             if self._ids is None:
                 raise HostError("Compression needs input_ids to find the visual placeholders; pass ids, not embeddings.")
-            items = locate(self.base, self.host, calls, self._ids.cpu())
+            items = locate(self.base, self.host, calls, self._ids.cpu(), self._arguments)
         if items:
             kwargs = self._compress(items, kwargs, cache, ledger)
         elif ledger is not None:
@@ -176,7 +174,7 @@ class Run:
         pasts, earlier, seen = _past_masks(cache, ledger, batch, kwargs.get("attention_mask"), length)
         given = padding_mask(kwargs.get("attention_mask"), batch, seen + length)
         real = torch.ones(batch, length, dtype=torch.bool) if given is None else given[:, -length:]
-        with torch.no_grad() if not torch.is_grad_enabled() else torch.enable_grad(), self.clock("compress"):
+        with self.clock("compress"):
             counters = dict.fromkeys(range(batch), 0)
             for item in items:
                 self._planner.plan(item, embeds[item.row], counters[item.row])
@@ -241,10 +239,7 @@ class Run:
         if before is not None:
             positions = positions - before.to(positions.device)
         fresh = renumbered(positions, compaction)
-        last_before = positions.expand(fresh.shape[0], -1)[:, -1:].max(1, keepdim=True).values
-        step = positions.expand(fresh.shape[0], -1).max(1, keepdim=True).values
-        del last_before
-        offset = step - fresh.max(1, keepdim=True).values
+        offset = positions.amax(1, keepdim=True) - fresh.amax(1, keepdim=True)
         if before is not None:
             offset = offset + before.to(offset.device)
         return fresh, offset.cpu()

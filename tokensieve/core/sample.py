@@ -101,7 +101,7 @@ class TokenSample:
     def view(self, index: int) -> TokenSample:
         """One view as a sample of its own."""
         layout = self.layout.of_view(index)
-        start = sum(rows * columns for rows, columns in self.layout.views[:index])
+        start = int(self.layout.patches_per_view[:index].sum())
         part = slice(start, start + layout.patches)
         total = self.layout.patches
         signals = {k: v[part] if v.shape[:1] == (total,) else v for k, v in self.signals.items()}

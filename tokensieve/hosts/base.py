@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -118,10 +119,20 @@ class Host:
         raise HostError(f"{self.slug} does not describe its {call.modality}s.")
 
     def regroup(
-        self, base: nn.Module, items: list[EncodedItem], ids: Tensor, modality: ItemKind
+        self, base: nn.Module, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
     ) -> list[EncodedItem]:
-        """Items as the prompt groups them; a hook for families that encode video frames as pictures."""
-        return items
+        """Items as the prompt holds them.
+
+        A hook for families that encode video frames as single pictures, or that pass only some tokens on.
+
+        Parameters
+        ----------
+        ids : Tensor [B, L]
+            Token ids of the prompt on the CPU.
+        arguments
+            Arguments of the composite model's forward pass.
+        """
+        return call.items
 
     def pool(self, base: nn.Module, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
         """A raw tower signal of one item, brought to its tokens as the features are [patches]."""
@@ -135,8 +146,6 @@ class Host:
 
     def decoder_rotary(self, attention: nn.Module) -> Any:
         """The rotary function that the family's decoder attention uses."""
-        import sys
-
         return sys.modules[type(attention).__module__].apply_rotary_pos_emb
 
 

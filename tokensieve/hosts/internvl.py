@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +45,7 @@ class InternVL(Host):
         return [EncodedItem(Layout.regular("image", 1, side, side), slice(i, i + 1)) for i in range(count)]
 
     def regroup(
-        self, base: nn.Module, items: list[EncodedItem], ids: Tensor, modality: ItemKind
+        self, base: nn.Module, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
     ) -> list[EncodedItem]:
         """Tiles of one image form one run of placeholders; frames of one video follow each other with the same
         words in between.
@@ -51,7 +54,7 @@ class InternVL(Host):
         picture each are joined while the token before the number repeats and the first frame's label does not
         come again.
         """
-        side = self.side(base)
+        items, side = call.items, self.side(base)
         grouped: list[EncodedItem] = []
         cursor = 0
         total = sum(self._pictures(row, base) for row in ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -154,3 +154,18 @@ class VideoLlama3(_PackedHost):
         """Given with every call."""
         sizes = call.arguments.get(f"{call.modality}_merge_sizes")
         return torch.as_tensor(sizes if sizes is not None else call.arguments["image_merge_sizes"]).tolist()
+
+    def regroup(
+        self, base: nn.Module, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
+    ) -> list[EncodedItem]:
+        """The processor may have left out tokens that hardly differ from the frame before."""
+        mask = arguments.get("video_compression_mask")
+        if call.modality != "video" or mask is None or bool(mask.all()):
+            return call.items
+        items, start = [], 0
+        for whole in call.items:
+            present = mask[start : start + whole.layout.tokens].cpu().nonzero().flatten()
+            start += whole.layout.tokens
+            part = whole.layout.of_tokens(present)
+            items.append(EncodedItem(part, whole.units, whole.frames_kept, whole, present))
+        return items
