@@ -1,0 +1,52 @@
+"""VidCom2 against values of the reference implementation: scores, budgets, kept tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tokensieve.methods import vidcom2
+
+SYSTEM = "vidcom2"
+
+
+def _close(actual: torch.Tensor, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=tolerance)
+
+
+def test_matches_reference(golden: dict[str, np.ndarray]) -> None:
+    tokens = int(golden["tokens_per_frame"])
+    retention = float(golden["retention"])
+    flat = torch.from_numpy(golden["feat"])
+    features = flat.unflatten(0, (-1, tokens))
+    frames = features.shape[0]
+
+    channels = vidcom2.low_variance_channels(features)
+    np.testing.assert_array_equal(channels.numpy(), golden["sel_channels"])
+    video_score, frame_score = vidcom2.gaussian_scores(features, channels)
+    _close(video_score, golden["video_score"])
+    _close(frame_score, golden["frame_score"])
+    _close(vidcom2.frame_uniqueness(video_score), golden["frame_uniqueness"])
+
+    ratios, counts = vidcom2.frame_budget(features, retention)
+    _close(ratios, golden["scales"])
+    np.testing.assert_array_equal(counts.numpy(), golden["k_per_frame"])
+
+    keep, ratios, counts = vidcom2.select_tokens(features, retention)
+    _close(ratios, golden["scales"])
+    np.testing.assert_array_equal(counts.numpy(), golden["k_per_frame"])
+    np.testing.assert_array_equal((keep % tokens).numpy(), golden["kept_local"])
+
+    out_sum = flat[keep].double().sum(0)
+    if "newline" in golden:
+        width = round(tokens**0.5)
+        stride = tokens + tokens // width
+        frame, patch = keep // tokens, keep % tokens
+        patches = frame * stride + patch // width * (width + 1) + patch % width
+        newlines = torch.arange(width) * (width + 1) + width
+        sequence = [torch.cat((patches[frame == t], newlines + t * stride)) for t in range(frames)]
+        np.testing.assert_array_equal(torch.cat(sequence).numpy(), golden["kept_global"])
+        out_sum += torch.from_numpy(golden["newline"]).double() * newlines.numel() * frames
+    else:
+        np.testing.assert_array_equal(keep.numpy(), golden["kept_global"])
+    np.testing.assert_allclose(out_sum.numpy(), golden["out_sum"], rtol=1e-5, atol=1e-3)

@@ -1,0 +1,215 @@
+"""Farthest-point selection: a greedy answer to the max-min diversity problem (DivPrune, step 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokensieve.errors import MethodError
+from tokensieve.ops.similarity import unit_vectors
+
+Strategy = Literal["auto", "matrix", "running", "pool"]
+
+DEFAULT_MAX_MATRIX_BYTES = 256 * 1024 * 1024
+_TIE = 5e-7
+"""Nearest-neighbour distances closer than this are ties: two tokens that are each other's nearest neighbour
+have the same distance up to the rounding of the matrix product, and the lower index must win everywhere."""
+_POOL = 256
+_SMALL = 1024
+_CHOSEN = float("-inf")
+
+
+def farthest_point(
+    features: Tensor,
+    count: int,
+    *,
+    strategy: Strategy = "auto",
+    max_matrix_bytes: int = DEFAULT_MAX_MATRIX_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Choose tokens one by one, each as far as possible from those already chosen, in cosine distance.
+
+    The first token is the one whose nearest other token is farthest away. Ties go to the lowest index.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[n, D]``.
+    count : int
+        Number of tokens to choose, limited to n.
+    strategy : {"auto", "matrix", "running", "pool"}
+        ``matrix`` stores all similarities and looks rows up, ``running`` computes one row per step,
+        ``pool`` keeps exact distances for a small pool of candidates only and refreshes the others when the
+        pool is used up. The result is the same (up to float rounding in near-ties); ``auto`` takes what is
+        fastest for the size and device.
+    max_matrix_bytes : int
+        Largest similarity matrix that ``auto`` stores.
+
+    Returns
+    -------
+    order : Tensor
+        ``[count]`` int64 in the order of the choice.
+    distances : Tensor
+        ``[count]`` float32: distance ``1 - cosine`` of each token to the nearest one chosen before it, and
+        for the first one to its nearest other token (0 if it is alone).
+
+    Raises
+    ------
+    MethodError
+        If the strategy is unknown, or a token is infinite or not a number.
+
+    Notes
+    -----
+    The greedy rule needs ``n * count`` similarities, which as one product per step is bound by memory
+    traffic. A distance to the chosen set only ever shrinks, so a stale distance is an upper bound: as long
+    as the best exact distance in the pool is above the best stale one outside, the next choice is certain.
+    """
+    if features.dim() != 2:
+        raise MethodError(
+            f"farthest-point selection needs features [n, D], but the shape is {tuple(features.shape)}."
+        )
+    total = features.shape[0]
+    count = min(max(count, 0), total)
+    if count == 0:
+        return torch.zeros(0, dtype=torch.int64, device=features.device), features.new_zeros(
+            0, dtype=torch.float32
+        )
+    units = unit_vectors(features).float()
+    if not torch.isfinite(units.sum()):
+        raise MethodError(
+            "farthest-point selection met a feature that is infinite or not a number; check the encoder."
+        )
+    if strategy == "auto":
+        stored = 4 * total * total <= max_matrix_bytes
+        if units.device.type == "cpu":
+            strategy = "matrix" if stored and total <= _SMALL else "pool"
+        else:
+            strategy = "matrix" if stored else "running"
+    if strategy == "matrix":
+        similarity = units @ units.T
+        first = _first_choice(_nearest_of_matrix(similarity))
+        return _greedy_rows(lambda idx: similarity.index_select(0, idx)[0], first, count)
+    if strategy == "running":
+        first = _first_choice(_nearest_blockwise(units, max_matrix_bytes))
+        return _greedy_rows(lambda idx: units @ units.index_select(0, idx)[0], first, count)
+    if strategy == "pool":
+        return _greedy_pool(units, _first_choice(_nearest_pruned(units)), count)
+    raise MethodError(f"strategy '{strategy}' is unknown; use 'auto', 'matrix', 'running' or 'pool'.")
+
+
+def _first_choice(nearest: Tensor) -> tuple[Tensor, Tensor]:
+    """Index [1] and distance [1] of the token with the farthest nearest neighbour, from similarities [n]."""
+    if nearest.numel() == 1:
+        return torch.zeros(1, dtype=torch.int64, device=nearest.device), nearest.new_zeros(1)
+    tied = nearest <= nearest.min() + _TIE
+    idx = tied.long().argmax().unsqueeze(0)
+    return idx, (1 - nearest[idx]).clamp_min(0)
+
+
+def _nearest_of_matrix(similarity: Tensor) -> Tensor:
+    """Largest similarity of each token to another one, from the full matrix (left as it was)."""
+    diagonal = similarity.diagonal()
+    kept = diagonal.clone()
+    diagonal.fill_(float("-inf"))
+    nearest = similarity.amax(dim=1)
+    diagonal.copy_(kept)
+    return nearest
+
+
+def _nearest_blockwise(units: Tensor, max_bytes: int) -> Tensor:
+    """Largest similarity of each token to another one, a block of rows at a time."""
+    total = units.shape[0]
+    rows = max(1, max_bytes // (4 * total))
+    parts = []
+    for start in range(0, total, rows):
+        block = units[start : start + rows] @ units.T
+        block.diagonal(start).fill_(float("-inf"))
+        parts.append(block.amax(dim=1))
+    return torch.cat(parts)
+
+
+def _nearest_pruned(units: Tensor, columns: int = 256, probes: int = 16) -> Tensor:
+    """Like ``_nearest_blockwise``, but exact only where it can matter for the smallest value.
+
+    Tokens are compared with one block of columns after the other, and leave as soon as they have met a
+    neighbour closer than the nearest neighbour of some token that is known exactly (a probe). Between a
+    twentieth and a quarter of the full matrix is computed. Tokens that left get the value +inf.
+    """
+    total = units.shape[0]
+    # Shuffled columns (always in the same way) let every token meet all parts of the video early.
+    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0)).to(units.device)
+    alive, rows = torch.arange(total, device=units.device), units
+    seen = torch.full((total,), float("-inf"), device=units.device)
+    limit = torch.tensor(float("inf"), device=units.device)
+    for block in shuffled.split(columns):
+        if alive.numel() <= columns:
+            break
+        seen = torch.maximum(seen, _nearest_among(rows, alive, units[block], block))
+        probe = seen.topk(min(probes, seen.numel()), largest=False).indices
+        limit = torch.minimum(limit, _nearest_among(rows[probe], alive[probe], units).min())
+        keep = seen <= limit + 2 * _TIE
+        if int(keep.sum()) < 0.8 * keep.numel():
+            alive, rows, seen = alive[keep], rows[keep], seen[keep]
+    nearest = torch.full((total,), float("inf"), device=units.device)
+    nearest[alive] = _nearest_among(rows, alive, units) if alive.numel() <= columns else seen
+    return nearest
+
+
+def _nearest_among(
+    rows: Tensor, row_idx: Tensor, columns: Tensor, column_idx: Tensor | None = None
+) -> Tensor:
+    """Largest similarity of each row to a column that is another token; all tokens are columns by default."""
+    similarity = rows @ columns.T
+    if column_idx is None:
+        similarity.scatter_(1, row_idx.unsqueeze(1), float("-inf"))
+    else:
+        similarity.masked_fill_(row_idx.unsqueeze(1) == column_idx, float("-inf"))
+    return similarity.amax(dim=1)
+
+
+def _greedy_rows(
+    row_of: Callable[[Tensor], Tensor], first: tuple[Tensor, Tensor], count: int
+) -> tuple[Tensor, Tensor]:
+    """Greedy choice with the running minimum over all tokens; never waits for the device."""
+    idx, distance = first
+    order, distances = [idx], [distance]
+    nearest: Tensor | None = None
+    for _ in range(count - 1):
+        row = (1 - row_of(idx)).clamp_min_(0)
+        nearest = row if nearest is None else torch.minimum(nearest, row)
+        nearest[torch.cat(order)] = _CHOSEN
+        idx = nearest.argmax().unsqueeze(0)
+        order.append(idx)
+        distances.append(nearest[idx])
+    return torch.cat(order), torch.cat(distances)
+
+
+def _greedy_pool(units: Tensor, first: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Greedy choice with exact distances for a pool of candidates and upper bounds for the rest."""
+    total = units.shape[0]
+    order, distances = [int(first[0])], [float(first[1])]
+    nearest = (1 - units @ units[order[0]]).clamp_min_(0)
+    nearest[order[0]] = _CHOSEN
+    while len(order) < count:
+        ranked = nearest.sort(descending=True, stable=True).indices
+        pool = ranked[:_POOL].sort().values
+        outside = float(nearest[ranked[_POOL]]) if total > _POOL else _CHOSEN
+        rows, exact = units[pool], nearest[pool]
+        refreshed = len(order)
+        while len(order) < count:
+            place = int(exact.argmax())
+            distance = float(exact[place])
+            # Right after a refresh every distance is exact, and the pool holds the lowest index of the best
+            # ones.
+            if distance <= outside and len(order) > refreshed:
+                break
+            order.append(int(pool[place]))
+            distances.append(distance)
+            exact = torch.minimum(exact, (1 - rows @ rows[place]).clamp_min_(0))
+            exact[place] = _CHOSEN
+        nearest = torch.minimum(nearest, (1 - (units @ units[order[refreshed:]].T).amax(dim=1)).clamp_min_(0))
+        nearest[pool] = exact
+    order_tensor = torch.tensor(order, dtype=torch.int64, device=units.device)
+    return order_tensor, torch.tensor(distances, dtype=torch.float32, device=units.device)
