@@ -4,19 +4,16 @@ A tiny checkpoint has the real classes, configuration, processor, tokenizer and 
 and loads like a model from the hub; only its sizes are small and its weights random, so that a prompt of a
 few frames takes some 20 milliseconds on one processor core.
 
-    from transformers import AutoModelForImageTextToText, AutoProcessor
     from tokensieve.hosts import tiny
 
-    folder = tiny.cached("qwen2_5_vl")
-    model = AutoModelForImageTextToText.from_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder)
+    model, processor = tiny.load("qwen2_5_vl")
     inputs = tiny.example_inputs("qwen2_5_vl", processor, videos=2, batch=3)
     answers = model.generate(**inputs, max_new_tokens=4)
 """
 
 from tokensieve.hosts.tiny.examples import example_inputs, example_messages, synthetic_clip, synthetic_image
 from tokensieve.hosts.tiny.families import FAMILIES, TinyFamily, family_of
-from tokensieve.hosts.tiny.store import build, build_in_memory, cached
+from tokensieve.hosts.tiny.store import build, build_in_memory, cached, load
 
 __all__ = [
     "FAMILIES",
@@ -27,6 +24,7 @@ __all__ = [
     "example_inputs",
     "example_messages",
     "family_of",
+    "load",
     "synthetic_clip",
     "synthetic_image",
 ]

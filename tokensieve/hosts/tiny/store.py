@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import torch
 import transformers
 from transformers import (
     AutoModelForImageTextToText,
+    AutoProcessor,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    initialization,
 )
 
 from tokensieve.errors import HostError
@@ -29,10 +33,12 @@ from tokensieve.hosts.tiny.recipe import Overrides
 from tokensieve.hosts.tiny.weights import enliven
 from tokensieve.models import llava_video
 
-__all__ = ["build", "build_in_memory", "cached"]
+__all__ = ["build", "build_in_memory", "cached", "load"]
 
 RECIPES = {**recipes_llava.RECIPES, **recipes_qwen.RECIPES}
 """Recipe of every family by its slug."""
+
+_CONSTRUCTION = threading.Lock()
 
 MARKER = "tiny.json"
 """File that says from which recipe a folder was built; folders without it are never touched."""
@@ -78,9 +84,15 @@ def build_in_memory(
     """
     recipe = RECIPES[family_of(family).slug](_overrides_of(overrides))
     tokenizer = recipe.processor.tokenizer
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(recipe.config, dtype=_dtype_of(dtype), **options)
+    options: dict[str, Any] = {"dtype": _dtype_of(dtype)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    # Every parameter is drawn below, so the library's own initialisation, which takes most of the time of a large
+    # model, is skipped. It is switched off for the whole process, hence the lock.
+    uninitialised = getattr(initialization, "no_init_weights", nullcontext)
+    with _CONSTRUCTION, torch.random.fork_rng(devices=()), torch.device(device), uninitialised():
+        model = AutoModelForImageTextToText.from_config(recipe.config, **options)
+    model.tie_weights()
     enliven(model, seed=seed, silent_ids=_silent_ids(tokenizer, recipe.config.text_config.vocab_size))
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -179,6 +191,30 @@ def cached(
     return build(family, Path(cache_dir) / f"{family}-{fingerprint}", seed=seed, dtype=dtype, **overrides)
 
 
+def load(
+    family: str, cache_dir: str | os.PathLike[str] | None = None, **options: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load the cached checkpoint of a family through the Auto classes, as a user loads a model from the hub.
+
+    Parameters
+    ----------
+    family : str
+        Slug of the family, a key of `FAMILIES`.
+    cache_dir : path, optional
+        As in `cached`.
+    **options
+        Arguments of `AutoModelForImageTextToText.from_pretrained` (``attn_implementation="eager"``).
+
+    Returns
+    -------
+    tuple of PreTrainedModel and ProcessorMixin
+        A fresh model in evaluation mode, and a fresh processor.
+    """
+    folder = cached(family, cache_dir)
+    model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
 def _overrides_of(overrides: Mapping[str, Mapping[str, Any]]) -> Overrides:
     known = set(Overrides.__dataclass_fields__)
     if unknown := set(overrides) - known:
@@ -188,8 +224,8 @@ def _overrides_of(overrides: Mapping[str, Mapping[str, Any]]) -> Overrides:
 
 def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype):
-        raise HostError(f"{dtype!r} is no torch type; use float32, bfloat16 or float16.")
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise HostError(f"{dtype!r} is no floating-point type of torch; use float32, bfloat16 or float16.")
     return resolved
 
 
