@@ -81,9 +81,7 @@ def test_auto_classes_load_the_folder(family: str, tiny_host) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_words_and_depend_on_what_is_seen(family: str, tiny_host) -> None:
     model, processor = tiny_host(family)
-    answers = [
-        answer(model, tiny.example_inputs(family, processor, seed=seed), length=8)[0] for seed in (0, 1)
-    ]
+    answers = [answer(model, tiny.example_inputs(family, processor, seed=seed), length=8)[0] for seed in (0, 1)]
     for tokens in answers:
         assert len(tokens) == 8
         assert not set(tokens.tolist()) & set(processor.tokenizer.all_special_ids)
@@ -168,9 +166,7 @@ def test_chat_template_takes_arrays_and_pictures(family: str, tiny_host) -> None
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    assert placeholders(model, inputs) == placeholders(
-        model, tiny.example_inputs(family, processor, images=1)
-    )
+    assert placeholders(model, inputs) == placeholders(model, tiny.example_inputs(family, processor, images=1))
     assert answer(model, inputs, length=2).shape == (1, 2)
     history = [*messages, {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}, *messages]
     text = processor.apply_chat_template(history, add_generation_prompt=True)
@@ -280,9 +276,7 @@ def test_cache_honours_the_user_folder(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_overrides_reach_model_and_processor() -> None:
     text = {"hidden_size": 96, "num_hidden_layers": 7, "num_attention_heads": 6, "vocab_size": 1000}
-    model, processor = tiny.build_in_memory(
-        "llava_onevision", text=text, vision={"image_size": 384, "hidden_size": 48}
-    )
+    model, processor = tiny.build_in_memory("llava_onevision", text=text, vision={"image_size": 384, "hidden_size": 48})
     assert len(model.model.language_model.layers) == 7
     assert model.lm_head.weight.shape == (1000, 96)
     inputs = tiny.example_inputs("llava_onevision", processor, frames=2)
@@ -333,9 +327,7 @@ def test_llava_video_rows_are_pooled_and_end_in_a_newline(tiny_host) -> None:
     newline = model.model.image_newline
     assert torch.equal(rows[:, :, -1], newline.expand_as(rows[:, :, -1]))
     # The ninth row and column of the patch grid fall away; each pooled token is the mean of a 2 x 2 window.
-    window = (
-        projected[0].view(4, 9, 9, -1)[:, :8, :8].unflatten(2, (4, 2)).unflatten(1, (4, 2)).mean(dim=(2, 4))
-    )
+    window = projected[0].view(4, 9, 9, -1)[:, :8, :8].unflatten(2, (4, 2)).unflatten(1, (4, 2)).mean(dim=(2, 4))
     torch.testing.assert_close(rows[:, :, :-1], window, atol=1e-5, rtol=1e-5)
 
 
@@ -344,9 +336,7 @@ def test_llava_video_counts_tokens_from_sizes_alone(tiny_host) -> None:
 
     _, processor = tiny_host("llava_video")
     assert llava_video.tokens_per_frame(27) == 182
-    counts = processor._get_num_multimodal_tokens(
-        image_sizes=[(112, 168)], video_sizes=[(4, 112, 168), (1, 50, 50)]
-    )
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(112, 168)], video_sizes=[(4, 112, 168), (1, 50, 50)])
     assert counts.num_video_tokens == [80, 20]
     assert counts.num_image_tokens == [IMAGE_TOKENS["llava_video"][0]]
 

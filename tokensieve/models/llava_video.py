@@ -133,9 +133,7 @@ class LlavaVideoProcessor(LlavaOnevisionProcessor):
         frames = len(video_inputs["pixel_values_videos"][video_idx])
         return self.video_token * (frames * tokens_per_frame(math.isqrt(self.num_image_tokens)))
 
-    def _get_num_multimodal_tokens(
-        self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any
-    ) -> Any:
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> Any:
         """Token counts of images ``(height, width)`` and videos ``(frames, height, width)`` from sizes."""
         counts = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
         if video_sizes is not None:

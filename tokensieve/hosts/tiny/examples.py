@@ -104,9 +104,7 @@ def example_messages(
     content: list[dict[str, Any]] = [
         {"type": "video", "video": synthetic_clip(frames, seed=10 * seed + index)} for index in range(videos)
     ]
-    content += [
-        {"type": "image", "image": synthetic_image(seed=10 * seed + 5 + index)} for index in range(images)
-    ]
+    content += [{"type": "image", "image": synthetic_image(seed=10 * seed + 5 + index)} for index in range(images)]
     content.append({"type": "text", "text": _QUESTIONS[0] if question is None else question})
     return [{"role": "user", "content": content}]
 
@@ -173,9 +171,7 @@ def example_inputs(
     return _encode(processor, conversations, padding_side)
 
 
-def _encode(
-    processor: ProcessorMixin, conversations: list[list[dict[str, Any]]], padding_side: str
-) -> BatchFeature:
+def _encode(processor: ProcessorMixin, conversations: list[list[dict[str, Any]]], padding_side: str) -> BatchFeature:
     """Run a processor over conversations whose visuals are in memory, without frame sampling."""
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in conversations]
     parts = [[part for message in chat for part in message["content"]] for chat in conversations]

@@ -83,9 +83,7 @@ def text_config(overrides: Overrides, tokenizer: PreTrainedTokenizerBase, **fami
         **overrides.text,
     }
     if config["vocab_size"] < len(tokenizer):
-        raise HostError(
-            f"vocab_size {config['vocab_size']} is below the tokenizer's; give at least {len(tokenizer)}."
-        )
+        raise HostError(f"vocab_size {config['vocab_size']} is below the tokenizer's; give at least {len(tokenizer)}.")
     return config
 
 

@@ -220,9 +220,7 @@ def video_llama_3(overrides: Overrides) -> Recipe:
     # The limit of this processor is shared out among the frames of a clip.
     frame_pixels["size"]["longest_edge"] *= 8
     processor = VideoLlama3Processor(
-        image_processor=VideoLlama3ImageProcessor(
-            **{**_qwen_pixels(vision, merge=1), **overrides.image_processor}
-        ),
+        image_processor=VideoLlama3ImageProcessor(**{**_qwen_pixels(vision, merge=1), **overrides.image_processor}),
         tokenizer=tokenizer,
         video_processor=VideoLlama3VideoProcessor(
             **{**frame_pixels, "use_token_compression": True, **overrides.video_processor}

@@ -149,9 +149,7 @@ def build(
     try:
         model.save_pretrained(draft, safe_serialization=True)
         processor.save_pretrained(draft)
-        (draft / MARKER).write_text(
-            json.dumps({"family": family, "fingerprint": fingerprint}), encoding="utf-8"
-        )
+        (draft / MARKER).write_text(json.dumps({"family": family, "fingerprint": fingerprint}), encoding="utf-8")
         draft.chmod(0o755)
         _move_into_place(draft, target, fingerprint)
     finally:

@@ -72,9 +72,7 @@ def _train(pre_tokenizer: pre_tokenizers.PreTokenizer, fixed: Sequence[str], alp
 
 @lru_cache(maxsize=1)
 def _qwen_model() -> dict:
-    return _train(
-        pre_tokenizers.ByteLevel(add_prefix_space=False), (), sorted(pre_tokenizers.ByteLevel.alphabet())
-    )
+    return _train(pre_tokenizers.ByteLevel(add_prefix_space=False), (), sorted(pre_tokenizers.ByteLevel.alphabet()))
 
 
 @lru_cache(maxsize=1)
@@ -128,9 +126,7 @@ def qwen_tokenizer(
     return tokenizer
 
 
-def llama_tokenizer(
-    special: Sequence[str], *, named: Mapping[str, str] | None = None
-) -> PreTrainedTokenizerBase:
+def llama_tokenizer(special: Sequence[str], *, named: Mapping[str, str] | None = None) -> PreTrainedTokenizerBase:
     """SentencePiece-like tokenizer of the Llama class with byte fallback; it puts ``<s>`` before every text.
 
     Parameters

@@ -51,9 +51,7 @@ def _gains(name: str, parameter: torch.Tensor, depth: int) -> torch.Tensor | flo
         rows = torch.full((parameter.shape[0], 1), QUERY_KEY_GAIN)
         rows[parameter.shape[0] * 2 // 3 :] = 1.0
         return rows
-    if module in ("o_proj", "out_proj", "projection_layer", "down_proj", "fc2") or name.endswith(
-        "attn.proj.weight"
-    ):
+    if module in ("o_proj", "out_proj", "projection_layer", "down_proj", "fc2") or name.endswith("attn.proj.weight"):
         # Each layer adds to the residual stream; keep its growth the same for any depth.
         return 2.0 / math.sqrt(depth)
     if module == "lm_head":
