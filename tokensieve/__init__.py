@@ -1,8 +1,8 @@
 """tokensieve: compress the visual tokens of Hugging Face video LLMs with any published method, in one line.
 
-    with tokensieve.compress(model, "vidcom2", retention=0.25) as run:
-        out = model.generate(**inputs)
-    print(run.report)
+with tokensieve.compress(model, "vidcom2", retention=0.25) as run:
+    out = model.generate(**inputs)
+print(run.report)
 """
 
 from __future__ import annotations

@@ -129,9 +129,7 @@ def gather_positions(positions: Tensor, index: Tensor) -> Tensor:
     return full.gather(2, index.expand(full.shape[0], -1, -1))
 
 
-def gather_planes(
-    planes: Sequence[Tensor], visual: Tensor, compaction: Compaction
-) -> tuple[list[Tensor], Tensor]:
+def gather_planes(planes: Sequence[Tensor], visual: Tensor, compaction: Compaction) -> tuple[list[Tensor], Tensor]:
     """DeepStack planes [n, D] and their mask [B, L] after a compaction.
 
     Plane rows follow the True entries of the mask in row-major order, so they are re-ranked.

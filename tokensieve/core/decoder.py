@@ -66,7 +66,7 @@ class DecoderStage:
 
     def __init__(
         self,
-        base: nn.Module,
+        base: Any,
         host: Host,
         facts: HostFacts,
         methods: Sequence[Method],
@@ -94,9 +94,9 @@ class DecoderStage:
 
     def attach(self) -> None:
         """Install the hooks."""
-        for layer in self.cuts:
-            attention = self.layers[layer - 1].self_attn
-            self._handles.append(attention.register_forward_hook(self._read_row(layer), with_kwargs=True))
+        for cut in self.cuts:
+            attention = self.layers[cut - 1].get_submodule("self_attn")
+            self._handles.append(attention.register_forward_hook(self._read_row(cut), with_kwargs=True))
         for index, layer in enumerate(self.layers):
             hook = self._before_layer(index)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -144,7 +144,7 @@ class DecoderStage:
 
         return hook
 
-    def _last_row(self, attention: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _last_row(self, attention: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Attention [B, P + L] of each row's last real token, mean over heads, float32."""
         assert self.prompt is not None
         prompt = self.prompt
@@ -186,9 +186,7 @@ class DecoderStage:
 
         return hook
 
-    def _cut(
-        self, layer: int, number: int, method: Method, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _cut(self, layer: int, number: int, method: Method, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Shorten the batch in front of a layer and remember what the layers from here on must be given."""
         assert self.prompt is not None
         prompt = self.prompt
@@ -333,7 +331,7 @@ class DecoderStage:
         kwargs.update(_on(self._swap, hidden.device))
 
 
-def _project(attention: nn.Module, part: str, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _project(attention: Any, part: str, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Queries or keys [B, heads, length, d] of some states, behind the per-head norm where there is one."""
     projected = getattr(attention, f"{part}_proj")(hidden).view(shape)
     norm = getattr(attention, f"{part}_norm", None)

@@ -23,7 +23,9 @@ class EncodedItem:
         Which rows of a raw tower signal belong to it: pictures for towers that take a batch of pictures,
         patches for towers that take one packed sequence.
     frames_kept : Tensor, optional
-        Views that were really encoded when a frames-stage method dropped some.
+        Views that a frames-stage method keeps.
+    fewer : tuple, optional
+        The call that encoded only those views, and this item in it.
     whole : EncodedItem, optional
         The item as the encoder gave it, when the host itself passes only some of its tokens on.
     present : Tensor, optional
@@ -33,6 +35,7 @@ class EncodedItem:
     layout: Layout
     units: slice
     frames_kept: Tensor | None = None
+    fewer: tuple[EncodeCall, EncodedItem] | None = None
     whole: EncodedItem | None = None
     present: Tensor | None = None
 

@@ -43,14 +43,10 @@ class Layout:
     is_patch: Tensor
 
     @classmethod
-    def regular(
-        cls, kind: ItemKind, frames: int, rows: int, columns: int, separators: Separators = "none"
-    ) -> Layout:
+    def regular(cls, kind: ItemKind, frames: int, rows: int, columns: int, separators: Separators = "none") -> Layout:
         """Equal grids, frame-major and row-major, with no separators, one behind each row, or one at the end."""
         width = columns + 1 if separators == "row" else columns
-        view, row, column = torch.meshgrid(
-            torch.arange(frames), torch.arange(rows), torch.arange(width), indexing="ij"
-        )
+        view, row, column = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(width), indexing="ij")
         view, row, column = view.flatten(), row.flatten(), column.flatten()
         if separators == "end":
             outside = torch.tensor([-1])
@@ -116,7 +112,12 @@ class Layout:
     def of_tokens(self, tokens: Tensor) -> Layout:
         """The item with only some of its tokens (ascending), for hosts that leave tokens out by themselves."""
         return Layout(
-            self.kind, self.views, self.view[tokens], self.row[tokens], self.column[tokens], self.is_patch[tokens]
+            self.kind,
+            self.views,
+            self.view[tokens],
+            self.row[tokens],
+            self.column[tokens],
+            self.is_patch[tokens],
         )
 
     def of_view(self, index: int) -> Layout:

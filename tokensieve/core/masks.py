@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 
 
 class _Past:
@@ -32,6 +31,8 @@ class _Past:
 
 def causal_mask(config: Any, hidden: Tensor, real: Tensor) -> Any:
     """Causal mask for queries ``hidden [B, q, D]`` that end a key sequence with padding mask ``real [B, kv]``."""
+    from transformers.masking_utils import create_causal_mask
+
     past = real.shape[1] - hidden.shape[1]
     return create_causal_mask(
         config=config,

@@ -106,7 +106,9 @@ class Method:
 
     def token_count(self, layout: Layout) -> int | None:
         """Number of patches kept of an item, from geometry alone; None when it depends on the data."""
-        return keep_count(layout.patches, self.retention) if self.exact_count else None
+        if not self.exact_count or self.budget is not None:
+            return None
+        return keep_count(layout.patches, self.retention)
 
     def run_tokens(self, sample: TokenSample) -> Plan:
         """`plan_tokens`, view by view where the method needs equal views and the item has none."""

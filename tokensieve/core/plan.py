@@ -11,26 +11,12 @@ from torch import Tensor
 
 from tokensieve.core.layout import Layout
 from tokensieve.errors import MethodError
+from tokensieve.ops.merge import MergeMap
+
+__all__ = ["MergeMap", "Plan", "Positions", "SeparatorRule", "join_views", "keep_all", "reading_order"]
 
 Positions = Literal["original", "renumber"]
 SeparatorRule = Literal["in-place", "after-frame", "occupied"]
-
-
-@dataclass
-class MergeMap:
-    """Sparse map of sources into kept slots: slot ``target[e]`` received ``weight[e]`` of patch ``source[e]``.
-
-    Attributes
-    ----------
-    source, target : Tensor [E]
-        Patch ids of the item and positions in ``Plan.keep``.
-    weight : Tensor [E]
-        Share of the source in the merged token; the weights of one target sum to one.
-    """
-
-    source: Tensor
-    target: Tensor
-    weight: Tensor
 
 
 @dataclass
@@ -45,7 +31,7 @@ class Plan:
     features : Tensor [M, D], optional
         Replacement features of the survivors (merging methods); None leaves them unmodified.
     merged : MergeMap, optional
-        Which patches were folded into which survivor.
+        Which patches were folded into which survivor (sources are patches, targets places in ``keep``).
     positions
         ``"renumber"`` gives the shortened sequence the positions 0..L-1, as wrappers that cut before the LLM
         do; ``"original"`` keeps the coordinates of the survivors. Hosts with several position axes always
@@ -73,10 +59,10 @@ class Plan:
         if int(ordered[0]) < 0 or int(ordered[-1]) >= patches or bool((ordered[1:] == ordered[:-1]).any()):
             raise MethodError(f"{method} returned token ids that repeat or lie outside 0..{patches - 1}.")
         if self.features is not None and self.features.shape[0] != keep.numel():
-            raise MethodError(
-                f"{method} returned {self.features.shape[0]} features for {keep.numel()} kept tokens."
-            )
+            raise MethodError(f"{method} returned {self.features.shape[0]} features for {keep.numel()} kept tokens.")
         self.keep = keep
+        if self.merged is not None:
+            self.merged = MergeMap(*(part.detach().cpu() for part in self.merged))
         return self
 
 

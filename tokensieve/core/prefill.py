@@ -76,7 +76,9 @@ def locate(
     batch, length = ids.shape
     for modality, call in calls.items():
         token_id = host.placeholder_id(base, modality)
-        places = (ids == token_id).flatten().nonzero().flatten()
+        if token_id is None:
+            raise HostError(f"{host.slug} names no placeholder token for {modality}s in its configuration.")
+        places = torch.eq(ids, token_id).flatten().nonzero().flatten()
         items = host.regroup(base, call, ids, arguments)
         total = sum(item.layout.tokens for item in items)
         if total == 0 or places.numel() == 0:
@@ -146,7 +148,11 @@ class Planner:
         positions = item.positions if tokens is None else item.positions[tokens]
         patch_positions = positions[part.patch_tokens].to(embeds.device)
         features = embeds.index_select(0, patch_positions)
-        sample = TokenSample(features, part, self._signals(item), self.facts, index=index)
+        signals = self._signals(item)
+        if tokens is not None:
+            encoded = torch.isin(layout.patch_view, item.encoded.frames_kept)
+            signals = {key: value[encoded.to(value.device)] for key, value in signals.items()}
+        sample = TokenSample(features, part, signals, self.facts, index=index)
         for number, method in enumerate(self.decoder_methods):
             if method.budget is not None:
                 item.budgets[number] = allocate(method.budget, sample, method.retention)
@@ -180,15 +186,23 @@ class Planner:
         return encoded.frames_kept
 
     def _signals(self, item: PromptItem) -> dict[str, Tensor]:
+        """Requested tower signals for every patch of the item [n]; frames that were not encoded hold zeros."""
         signals = {}
+        encoded = item.encoded
+        whole = encoded.whole or encoded
+        call, source = whole.fewer or (item.call, whole)
         for request in self.requests:
             raw = item.call.raw.get(str(request))
             if raw is None:
                 raise HostError(f"The encoder gave no {request}; encode inside of the compressed run.")
-            whole = item.encoded.whole or item.encoded
-            pooled = self.host.pool(self.base, item.call, whole, raw[whole.units])
-            if item.encoded.present is not None:
-                pooled = pooled[item.encoded.present.to(pooled.device)]
+            pooled = self.host.pool(self.base, call, source, raw[source.units])
+            if whole.fewer is not None:
+                assert whole.frames_kept is not None
+                spread = pooled.new_zeros(whole.layout.patches)
+                spread[torch.isin(whole.layout.patch_view, whole.frames_kept).to(pooled.device)] = pooled
+                pooled = spread
+            if encoded.present is not None:
+                pooled = pooled[encoded.present.to(pooled.device)]
             signals[str(request)] = pooled
         return signals
 
@@ -200,7 +214,7 @@ def _onto(plan: Plan, patches: int, tokens: Tensor, all_tokens: Tensor, part_tok
     whole = rank[tokens[part_tokens]]
     plan.keep = whole[plan.keep]
     if plan.merged is not None:
-        plan.merged.source = whole[plan.merged.source.cpu()]
+        plan.merged = plan.merged._replace(source=whole[plan.merged.source])
     return plan
 
 
@@ -238,15 +252,18 @@ def compact(
         slot_of[item.row, item.positions[tokens]] = slots
         trace.items.append(
             ItemTrace(
-                item.row, counters[item.row], layout, item.plan.keep, int((slots < 0).sum()),
-                item.plan.merged, item.plan.info,
+                item.row,
+                counters[item.row],
+                layout,
+                item.plan.keep,
+                int((slots < 0).sum()),
+                item.plan.merged,
+                item.plan.info,
             )
         )
         counters[item.row] += 1
     rows = [arrange_row(real[b], placements[b]) for b in range(batch)]
-    untouched = all(
-        row.numel() == int(real[b].sum()) and bool((row.diff() > 0).all()) for b, row in enumerate(rows)
-    )
+    untouched = all(row.numel() == int(real[b].sum()) and bool((row.diff() > 0).all()) for b, row in enumerate(rows))
     left = bool(real[:, -1].all())
     compaction = identity(real) if untouched else pad_rows(rows, length, left)
     trace.after = compaction.real.sum(1).tolist()

@@ -120,10 +120,13 @@ def _option(pair: str) -> tuple[str, Any]:
     key, equals, value = pair.partition("=")
     if not equals:
         raise MethodError(f"Options are written name=value; {pair.strip()!r} has no '='.")
-    try:
-        return key.strip(), json.loads(value)
-    except json.JSONDecodeError:
-        return key.strip(), {"True": True, "False": False, "None": None}.get(value.strip(), value.strip())
+    word = value.strip()
+    for read in (json.loads, float):
+        try:
+            return key.strip(), read(word)
+        except ValueError:
+            continue
+    return key.strip(), {"True": True, "False": False, "None": None}.get(word, word)
 
 
 def fitting_methods(host: Any, base: Any) -> list[str]:

@@ -19,7 +19,7 @@ from tokensieve.core.compactor import (
     renumbered,
 )
 from tokensieve.core.decoder import DecoderStage, Prompt
-from tokensieve.core.ledger import Ledger, Span
+from tokensieve.core.ledger import Ledger
 from tokensieve.core.masks import padding_mask
 from tokensieve.core.method import Method
 from tokensieve.core.prefill import Planner, PromptItem, compact, locate
@@ -84,9 +84,7 @@ class Run:
     def attach(self) -> Run:
         """Install the hooks; raises MethodError when the model already carries a run."""
         if _MARK in vars(self.model):
-            raise MethodError(
-                "This model already has a method attached; detach it first, or compose methods with '+'."
-            )
+            raise MethodError("This model already has a method attached; detach it first, or compose methods with '+'.")
         setattr(self.model, _MARK, self)
         text = self.host.text_model(self.base)
         self._tap.attach()
@@ -157,7 +155,9 @@ class Run:
         items: list[PromptItem] = []
         if calls:
             if self._ids is None:
-                raise HostError("Compression needs input_ids to find the visual placeholders; pass ids, not embeddings.")
+                raise HostError(
+                    "Compression needs input_ids to find the visual placeholders; pass ids, not embeddings."
+                )
             items = locate(self.base, self.host, calls, self._ids.cpu(), self._arguments)
         if items:
             kwargs = self._compress(items, kwargs, cache, ledger)
@@ -319,8 +319,7 @@ def _past_masks(
         mask = padding_mask(given, batch, seen + length)
         past = None if mask is None else mask[:, :seen]
         pasts = {
-            layer: span.mask(int(cache.layers[layer].get_seq_length()), past)
-            for layer, span in ledger.spans.items()
+            layer: span.mask(int(cache.layers[layer].get_seq_length()), past) for layer, span in ledger.spans.items()
         }
         return pasts, {layer: span.removed for layer, span in ledger.spans.items()}, seen
     seen = int(cache.get_seq_length()) if cache is not None else 0
@@ -351,9 +350,7 @@ def check_composition(methods: Sequence[Method]) -> None:
             )
 
 
-def tower_requests(
-    base: nn.Module, host: Host, methods: Sequence[Method], facts: Any
-) -> list[SignalRequest]:
+def tower_requests(base: nn.Module, host: Host, methods: Sequence[Method], facts: Any) -> list[SignalRequest]:
     """Tower signals that the methods need, or a SignalError that names the methods that would work."""
     requests: dict[str, SignalRequest] = {}
     for method in methods:

@@ -106,9 +106,7 @@ class TokenSample:
         total = self.layout.patches
         signals = {k: v[part] if v.shape[:1] == (total,) else v for k, v in self.signals.items()}
         budget = None if self.budget is None else self.budget[index : index + 1]
-        return TokenSample(
-            self.features[part], layout, signals, self.facts, budget, self.index, self.generator
-        )
+        return TokenSample(self.features[part], layout, signals, self.facts, budget, self.index, self.generator)
 
 
 @dataclass

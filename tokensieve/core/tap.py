@@ -137,8 +137,9 @@ class EncoderTap:
             return original(**call.arguments)
         fewer = EncodeCall(call.modality, self.host.with_frames(self.base, call, keeps))
         fewer.items = self.host.describe(self.base, fewer)
-        output = original(**fewer.arguments)
-        return _spread(output, call)
+        for item, encoded in zip(call.items, fewer.items, strict=True):
+            item.fewer = (fewer, encoded)
+        return _spread(original(**fewer.arguments), call)
 
 
 def _spread(output: Any, call: EncodeCall) -> Any:
@@ -146,14 +147,16 @@ def _spread(output: Any, call: EncodeCall) -> Any:
 
     The places keep prompt and features the same length; the compactor removes them before the LLM runs.
     """
-    tokens = [
-        item.layout.of_views(item.frames_kept)[1] for item in call.items if item.frames_kept is not None
-    ]
+    tokens = [item.layout.of_views(item.frames_kept)[1] for item in call.items if item.frames_kept is not None]
 
     def spread(features: Any) -> Any:
         full = []
         for part, item, places in zip(features, call.items, tokens, strict=True):
-            grown = part.new_zeros(item.layout.tokens, part.shape[-1])
+            total = item.layout.tokens
+            if part.shape[0] < places.numel():
+                # Some versions append the closing separator later, in the composite forward pass.
+                total, places = total - 1, places[:-1]
+            grown = part.new_zeros(total, part.shape[-1])
             full.append(grown.index_copy(0, places.to(part.device), part))
         return torch.stack(full) if isinstance(features, Tensor) else type(features)(full)
 

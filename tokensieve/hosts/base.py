@@ -37,25 +37,25 @@ class Host:
     window_attention: ClassVar[bool] = False
     absent: ClassVar[Mapping[str, str]] = {}
 
-    def tower(self, base: nn.Module) -> PictureTower:
+    def tower(self, base: Any) -> PictureTower:
         """How attention is read out of this family's vision tower."""
         raise HostError(f"{self.slug} describes no vision tower.")
 
-    def tower_module(self, base: nn.Module) -> nn.Module:
+    def tower_module(self, base: Any) -> Any:
         """The vision tower itself."""
         return base.get_submodule(self.vision_tower)
 
-    def text_model(self, base: nn.Module) -> nn.Module:
+    def text_model(self, base: Any) -> Any:
         """The language model without its head."""
         return base.get_submodule(self.language_model)
 
-    def layers(self, base: nn.Module) -> nn.ModuleList:
+    def layers(self, base: Any) -> nn.ModuleList:
         """Decoder layers of the language model."""
         layers = self.text_model(base).get_submodule(self.decoder_layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    def facts(self, base: nn.Module) -> HostFacts:
+    def facts(self, base: Any) -> HostFacts:
         """Numbers that methods choose defaults by."""
         tower = self.tower(base)
         return HostFacts(
@@ -69,18 +69,18 @@ class Host:
             window_attention=self.window_attention,
         )
 
-    def feature_layer(self, base: nn.Module) -> int:
+    def feature_layer(self, base: Any) -> int:
         """Index from zero of the tower layer whose output is projected."""
         depth = len(self.tower(base).attentions(self.tower_module(base)))
         chosen = getattr(base.config, "vision_feature_layer", -1)
         chosen = chosen[-1] if isinstance(chosen, (list, tuple)) else chosen
         return (chosen if chosen >= 0 else depth + 1 + chosen) - 1
 
-    def deepstack_layers(self, base: nn.Module) -> int:
+    def deepstack_layers(self, base: Any) -> int:
         """Number of first decoder layers that receive extra visual features."""
         return 0
 
-    def availability(self, name: str, base: nn.Module) -> Availability:
+    def availability(self, name: str, base: Any) -> Availability:
         """Whether a signal is native, recomputed, an extra pass, or absent."""
         if name in self.absent:
             return "absent"
@@ -98,7 +98,7 @@ class Host:
             return "its vision tower has no class token"
         return "nothing in this family gives it"
 
-    def resolve_layer(self, base: nn.Module, request: SignalRequest) -> int:
+    def resolve_layer(self, base: Any, request: SignalRequest) -> int:
         """Tower layer (from zero) that a request means."""
         depth = len(self.tower(base).attentions(self.tower_module(base)))
         layer = request.layer if request.layer is not None else "feature"
@@ -110,16 +110,16 @@ class Host:
             raise SignalError(f"{request} asks for tower layer {layer}, but the tower has layers 0..{depth - 1}.")
         return layer % depth
 
-    def placeholder_id(self, base: nn.Module, modality: ItemKind) -> int | None:
+    def placeholder_id(self, base: Any, modality: ItemKind) -> int | None:
         """Token id that stands for a visual feature of a modality."""
         return getattr(base.config, f"{modality}_token_id", None)
 
-    def describe(self, base: nn.Module, call: EncodeCall) -> list[EncodedItem]:
+    def describe(self, base: Any, call: EncodeCall) -> list[EncodedItem]:
         """Visual items of an encoder call, from the arguments alone."""
         raise HostError(f"{self.slug} does not describe its {call.modality}s.")
 
     def regroup(
-        self, base: nn.Module, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
+        self, base: Any, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
     ) -> list[EncodedItem]:
         """Items as the prompt holds them.
 
@@ -134,17 +134,15 @@ class Host:
         """
         return call.items
 
-    def pool(self, base: nn.Module, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
+    def pool(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
         """A raw tower signal of one item, brought to its tokens as the features are [patches]."""
         raise HostError(f"{self.slug} cannot bring tower signals to its tokens.")
 
-    def with_frames(
-        self, base: nn.Module, call: EncodeCall, keeps: Sequence[Tensor]
-    ) -> dict[str, Any]:
+    def with_frames(self, base: Any, call: EncodeCall, keeps: Sequence[Tensor]) -> dict[str, Any]:
         """Arguments of the encoder call with only some frames of every video."""
         raise HostError(f"{self.slug} cannot encode a subset of frames.")
 
-    def decoder_rotary(self, attention: nn.Module) -> Any:
+    def decoder_rotary(self, attention: Any) -> Any:
         """The rotary function that the family's decoder attention uses."""
         return sys.modules[type(attention).__module__].apply_rotary_pos_emb
 

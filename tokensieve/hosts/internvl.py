@@ -26,11 +26,11 @@ class InternVL(Host):
     drops_frames = False
     layout_note = "pixel-shuffled pictures; video frames introduced by 'FrameN:' in the text"
 
-    def tower(self, base: nn.Module) -> PictureTower:
+    def tower(self, base: Any) -> PictureTower:
         """A ViT with class token and optional query / key norms."""
         return PictureTower("encoder.layer", "attention", class_token=True)
 
-    def side(self, base: nn.Module) -> int:
+    def side(self, base: Any) -> int:
         """Tokens along one side of a picture after the pixel shuffle."""
         config = base.config
         size, patch = config.vision_config.image_size, config.vision_config.patch_size
@@ -38,14 +38,14 @@ class InternVL(Host):
         patch = patch[0] if isinstance(patch, (list, tuple)) else patch
         return int(size // patch * config.downsample_ratio)
 
-    def describe(self, base: nn.Module, call: EncodeCall) -> list[EncodedItem]:
+    def describe(self, base: Any, call: EncodeCall) -> list[EncodedItem]:
         """Single pictures; `regroup` joins those that one tile mosaic or video consists of."""
         side = self.side(base)
         count = call.arguments["pixel_values"].shape[0]
         return [EncodedItem(Layout.regular("image", 1, side, side), slice(i, i + 1)) for i in range(count)]
 
     def regroup(
-        self, base: nn.Module, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
+        self, base: Any, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
     ) -> list[EncodedItem]:
         """Tiles of one image form one run of placeholders; frames of one video follow each other with the same
         words in between.
@@ -69,13 +69,13 @@ class InternVL(Host):
                 cursor += pictures
         return grouped if cursor == len(items) else items
 
-    def _pictures(self, row: Tensor, base: nn.Module) -> int:
-        return int((row == self.placeholder_id(base, "image")).sum()) // self.side(base) ** 2
+    def _pictures(self, row: Tensor, base: Any) -> int:
+        return int(torch.eq(row, base.config.image_token_id).sum()) // self.side(base) ** 2
 
-    def _groups(self, row: Tensor, base: nn.Module) -> list[tuple[ItemKind, int]]:
+    def _groups(self, row: Tensor, base: Any) -> list[tuple[ItemKind, int]]:
         """(kind, pictures) of the visual items of one prompt row, in order."""
         each = self.side(base) ** 2
-        visual = row == self.placeholder_id(base, "image")
+        visual = torch.eq(row, base.config.image_token_id)
         edges = torch.diff(visual.long(), prepend=torch.zeros(1, dtype=torch.long))
         starts = (edges == 1).nonzero().flatten().tolist()
         lengths = [int((~visual[start:]).long().argmax()) or len(row) - start for start in starts]
@@ -98,7 +98,7 @@ class InternVL(Host):
         """Whether the tokens in front of a picture end like a frame label: words, then the start token."""
         return len(before) >= 4
 
-    def pool(self, base: nn.Module, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
+    def pool(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
         """Mean over the patches that the pixel shuffle folds into one token."""
         side = int(raw.shape[1] ** 0.5)
         grid = raw.float().view(raw.shape[0], side, side, 1)

@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from tokensieve.core.encode import EncodeCall, EncodedItem
-from tokensieve.core.layout import Layout
+from tokensieve.core.layout import Layout, Separators
 from tokensieve.hosts.base import Host, as_list, square_pool
 from tokensieve.hosts.registry import register
 from tokensieve.hosts.towers import PictureTower
@@ -20,28 +19,28 @@ from tokensieve.hosts.towers import PictureTower
 class _LlavaHost(Host):
     """What the families share: a picture tower, a square patch grid, videos as stacked frames."""
 
-    video_separators: ClassVar[str] = "none"
+    video_separators: ClassVar[Separators] = "none"
 
-    def side(self, base: nn.Module) -> int:
+    def side(self, base: Any) -> int:
         """Patches along one side of a picture."""
         vision = base.config.vision_config
         return vision.image_size // vision.patch_size
 
-    def tower(self, base: nn.Module) -> PictureTower:
+    def tower(self, base: Any) -> PictureTower:
         """CLIP carries a class token, SigLIP does not."""
         clip = "clip" in base.config.vision_config.model_type
         return PictureTower("encoder.layers", class_token=clip)
 
-    def video_grid(self, base: nn.Module) -> tuple[int, int]:
+    def video_grid(self, base: Any) -> tuple[int, int]:
         """Rows and columns of a pooled video frame."""
         side = self.side(base)
         return side, side
 
-    def pool_frames(self, base: nn.Module, raw: Tensor) -> Tensor:
+    def pool_frames(self, base: Any, raw: Tensor) -> Tensor:
         """Patch signals of frames [F, side*side] as the frame features are pooled [F, rows*columns]."""
         return raw
 
-    def describe(self, base: nn.Module, call: EncodeCall) -> list[EncodedItem]:
+    def describe(self, base: Any, call: EncodeCall) -> list[EncodedItem]:
         """Videos from the shape of their pixels, images from their sizes."""
         if call.modality == "image":
             return self.describe_images(base, call)
@@ -50,19 +49,17 @@ class _LlavaHost(Host):
         layout = Layout.regular("video", frames, rows, columns, self.video_separators)
         return [EncodedItem(layout, slice(i * frames, (i + 1) * frames)) for i in range(videos)]
 
-    def describe_images(self, base: nn.Module, call: EncodeCall) -> list[EncodedItem]:
+    def describe_images(self, base: Any, call: EncodeCall) -> list[EncodedItem]:
         """One picture, one grid."""
         side = self.side(base)
         count = call.arguments["pixel_values"].shape[0]
         return [EncodedItem(Layout.regular("image", 1, side, side), slice(i, i + 1)) for i in range(count)]
 
-    def pool(self, base: nn.Module, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
+    def pool(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
         """Frames are pooled like the features; pictures map one to one."""
         return (self.pool_frames(base, raw) if call.modality == "video" else raw).flatten()
 
-    def with_frames(
-        self, base: nn.Module, call: EncodeCall, keeps: Sequence[Tensor]
-    ) -> dict[str, Any]:
+    def with_frames(self, base: Any, call: EncodeCall, keeps: Sequence[Tensor]) -> dict[str, Any]:
         """Fewer frames in ``pixel_values_videos``; all videos of a call have equally many."""
         pixels = call.arguments["pixel_values_videos"]
         chosen = torch.stack([video[keep.to(pixels.device)] for video, keep in zip(pixels, keeps, strict=True)])
@@ -72,7 +69,7 @@ class _LlavaHost(Host):
 class _AnyResolutionHost(_LlavaHost):
     """Images as a base picture followed by a mosaic of tiles, unpadded, with a newline behind each mosaic row."""
 
-    def describe_images(self, base: nn.Module, call: EncodeCall) -> list[EncodedItem]:
+    def describe_images(self, base: Any, call: EncodeCall) -> list[EncodedItem]:
         """Cells found by sending coordinates through the model's own packing of tiles."""
         items, start = [], 0
         for tiles, size in zip(self._tiles(base, call), as_list(call.arguments["image_sizes"]), strict=True):
@@ -81,7 +78,7 @@ class _AnyResolutionHost(_LlavaHost):
             start += tiles
         return items
 
-    def pool(self, base: nn.Module, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
+    def pool(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
         """Signals of tiles travel through the same packing as the features."""
         if call.modality == "video":
             return super().pool(base, call, item, raw)
@@ -90,13 +87,16 @@ class _AnyResolutionHost(_LlavaHost):
         packed = self._pack(base, raw.unsqueeze(-1).float(), size, call, separator=0.0)
         return packed[item.layout.patch_tokens.to(packed.device), 0]
 
-    def _tiles(self, base: nn.Module, call: EncodeCall) -> list[int]:
+    def _tiles(self, base: Any, call: EncodeCall) -> list[int]:
+        """Number of pictures that each image was cut into, the base picture included."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
         config = base.config
         counts = call.arguments.get("batch_num_images")
         sizes = as_list(call.arguments["image_sizes"])
         patched = [True] * len(sizes)
         if counts is not None:
-            patched = [n == 1 for n in as_list(counts) for _ in range(n)]
+            patched = [n == 1 for n in torch.as_tensor(counts).tolist() for _ in range(n)]
         return [
             image_size_to_num_patches(
                 image_size=size,
@@ -108,20 +108,18 @@ class _AnyResolutionHost(_LlavaHost):
             for size, split in zip(sizes, patched, strict=True)
         ]
 
-    def _pack(self, base: nn.Module, tiles: Tensor, size: list[int], call: EncodeCall, separator: float) -> Tensor:
+    def _pack(self, base: Any, tiles: Tensor, size: list[int], call: EncodeCall, separator: float) -> Tensor:
         """Per-tile values [tiles, side*side, C] in the order of the image's tokens [T, C]."""
         newline = torch.full((tiles.shape[-1],), separator, device=tiles.device, dtype=tiles.dtype)
         sizes = torch.tensor([size])
-        packed, _ = base.pack_image_features(
-            [tiles], sizes, **self._packing_options(base, call), image_newline=newline
-        )
+        packed, _ = base.pack_image_features([tiles], sizes, **self._packing_options(base, call), image_newline=newline)
         return packed[0]
 
-    def _packing_options(self, base: nn.Module, call: EncodeCall) -> dict[str, Any]:
+    def _packing_options(self, base: Any, call: EncodeCall) -> dict[str, Any]:
         strategy = call.arguments.get("vision_feature_select_strategy")
         return {"vision_feature_select_strategy": strategy or base.config.vision_feature_select_strategy}
 
-    def _layout(self, base: nn.Module, tiles: int, size: list[int], call: EncodeCall) -> Layout:
+    def _layout(self, base: Any, tiles: int, size: list[int], call: EncodeCall) -> Layout:
         side = self.side(base)
         marks = self._pack(base, torch.zeros(tiles, side * side, 1), size, call, separator=1.0)[:, 0] > 0.5
         if tiles == 1:
@@ -174,12 +172,12 @@ class LlavaNextVideo(_AnyResolutionHost):
     model_types = ("llava_next_video",)
     layout_note = "12 x 12 patches a frame, no newline; images as LLaVA-NeXT"
 
-    def video_grid(self, base: nn.Module) -> tuple[int, int]:
+    def video_grid(self, base: Any) -> tuple[int, int]:
         """The resampler divides each side by its stride."""
         side = self.side(base) // base.config.spatial_pool_stride
         return side, side
 
-    def pool_frames(self, base: nn.Module, raw: Tensor) -> Tensor:
+    def pool_frames(self, base: Any, raw: Tensor) -> Tensor:
         """Through the model's own resampler (average, max or convolution falls back to average)."""
         side, stride = self.side(base), base.config.spatial_pool_stride
         grid = raw.float().view(-1, 1, side, side)
@@ -198,16 +196,16 @@ class LlavaOnevision(_AnyResolutionHost):
     video_separators = "end"
     layout_note = "14 x 14 patches a frame, one newline behind the video; images any-resolution"
 
-    def video_grid(self, base: nn.Module) -> tuple[int, int]:
+    def video_grid(self, base: Any) -> tuple[int, int]:
         """Half of each side, rounded up."""
         side = math.ceil(self.side(base) / 2)
         return side, side
 
-    def pool_frames(self, base: nn.Module, raw: Tensor) -> Tensor:
+    def pool_frames(self, base: Any, raw: Tensor) -> Tensor:
         """The bilinear pooling that the features get."""
         return square_pool(raw, self.side(base), self.video_grid(base), "bilinear")
 
-    def _packing_options(self, base: nn.Module, call: EncodeCall) -> dict[str, Any]:
+    def _packing_options(self, base: Any, call: EncodeCall) -> dict[str, Any]:
         aspect = call.arguments.get("vision_aspect_ratio")
         return {"vision_aspect_ratio": aspect or base.config.vision_aspect_ratio}
 
@@ -222,11 +220,11 @@ class LlavaVideo(LlavaOnevision):
     video_separators = "row"
     layout_note = "13 x 13 patches a frame, a newline behind each row; images any-resolution"
 
-    def video_grid(self, base: nn.Module) -> tuple[int, int]:
+    def video_grid(self, base: Any) -> tuple[int, int]:
         """Half of each side, rounded down."""
         side = self.side(base) // 2
         return side, side
 
-    def pool_frames(self, base: nn.Module, raw: Tensor) -> Tensor:
+    def pool_frames(self, base: Any, raw: Tensor) -> Tensor:
         """The average pooling that the features get."""
         return square_pool(raw, self.side(base), self.video_grid(base), "average")

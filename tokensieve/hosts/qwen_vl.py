@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,17 @@ class _PackedHost(Host):
     """Families whose encoder takes patches of all pictures in one row, described by (t, h, w) grids."""
 
     vision_tower = "visual"
-    pixel_names = {"image": "pixel_values", "video": "pixel_values_videos"}
+    pixel_names: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
-    def tower(self, base: nn.Module) -> PackedTower:
+    def tower(self, base: Any) -> PackedTower:
         """Blocks with fused projections and rotary embeddings."""
         return PackedTower("blocks", "attn")
 
-    def feature_layer(self, base: nn.Module) -> int:
+    def feature_layer(self, base: Any) -> int:
         """The merger reads the last block."""
         return len(self.tower_module(base).blocks) - 1
 
-    def merge_sizes(self, base: nn.Module, call: EncodeCall) -> list[int]:
+    def merge_sizes(self, base: Any, call: EncodeCall) -> list[int]:
         """Side of the square of patches that becomes one token, per item."""
         return [self.tower_module(base).spatial_merge_size] * len(self.grids(call))
 
@@ -38,7 +38,7 @@ class _PackedHost(Host):
         grids = call.arguments.get(f"{call.modality}_grid_thw")
         return as_list(grids if grids is not None else call.arguments["image_grid_thw"])
 
-    def describe(self, base: nn.Module, call: EncodeCall) -> list[EncodedItem]:
+    def describe(self, base: Any, call: EncodeCall) -> list[EncodedItem]:
         """One view per temporal step of the grid."""
         items, start = [], 0
         for (t, h, w), merge in zip(self.grids(call), self.merge_sizes(base, call), strict=True):
@@ -47,14 +47,12 @@ class _PackedHost(Host):
             start += t * h * w
         return items
 
-    def pool(self, base: nn.Module, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
+    def pool(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
         """Mean over the patches that are merged into a token; sums over queries become means over a frame."""
         steps = len(item.layout.views)
         return raw.float().view(item.layout.patches, -1).mean(1) / (raw.numel() // steps)
 
-    def with_frames(
-        self, base: nn.Module, call: EncodeCall, keeps: Sequence[Tensor]
-    ) -> dict[str, Any]:
+    def with_frames(self, base: Any, call: EncodeCall, keeps: Sequence[Tensor]) -> dict[str, Any]:
         """Fewer temporal steps in the packed patches and their grids."""
         name = self.pixel_names[call.modality]
         pixels, parts, grids = call.arguments[name], [], []
@@ -95,7 +93,7 @@ class Qwen25VL(_QwenVL):
     window_attention = True
     layout_note = "2 frames and 2 x 2 patches a token, no newline, 3-axis positions in seconds"
 
-    def pool(self, base: nn.Module, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
+    def pool(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
         """As the family, after undoing the window permutation inside the item."""
         order = self._window_order(base, call, item)
         groups = raw.view(item.layout.patches, -1)
@@ -103,7 +101,7 @@ class Qwen25VL(_QwenVL):
         restored[order.to(raw.device)] = groups
         return super().pool(base, call, item, restored.flatten())
 
-    def _window_order(self, base: nn.Module, call: EncodeCall, item: EncodedItem) -> Tensor:
+    def _window_order(self, base: Any, call: EncodeCall, item: EncodedItem) -> Tensor:
         """Token (merge group) at every place of the permuted item.
 
         Windows tile the merged grid of each temporal step row by row; the windows at the right and bottom rim
@@ -127,7 +125,7 @@ class Qwen3VL(_QwenVL):
     model_types = ("qwen3_vl",)
     layout_note = "2 frames and 2 x 2 patches a token, a timestamp in front of each step, DeepStack, 3-axis positions"
 
-    def deepstack_layers(self, base: nn.Module) -> int:
+    def deepstack_layers(self, base: Any) -> int:
         """One decoder layer per tower level that is passed on."""
         return len(base.config.vision_config.deepstack_visual_indexes)
 
@@ -142,21 +140,21 @@ class VideoLlama3(_PackedHost):
     vision_tower = "vision_model"
     layout_note = "2 x 2 patches a token in videos, 1 in images; timestamps in the text"
 
-    def tower(self, base: nn.Module) -> PackedTower:
+    def tower(self, base: Any) -> PackedTower:
         """Separate projections and rotary embeddings."""
         return PackedTower("encoder.layers", "self_attn")
 
-    def feature_layer(self, base: nn.Module) -> int:
+    def feature_layer(self, base: Any) -> int:
         """The projector reads the last layer."""
         return len(self.tower_module(base).encoder.layers) - 1
 
-    def merge_sizes(self, base: nn.Module, call: EncodeCall) -> list[int]:
+    def merge_sizes(self, base: Any, call: EncodeCall) -> list[int]:
         """Given with every call."""
         sizes = call.arguments.get(f"{call.modality}_merge_sizes")
         return torch.as_tensor(sizes if sizes is not None else call.arguments["image_merge_sizes"]).tolist()
 
     def regroup(
-        self, base: nn.Module, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
+        self, base: Any, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
     ) -> list[EncodedItem]:
         """The processor may have left out tokens that hardly differ from the frame before."""
         mask = arguments.get("video_compression_mask")

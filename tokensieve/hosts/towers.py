@@ -49,11 +49,11 @@ class PictureTower:
         self.attention_name = attention
         self.class_token = class_token
 
-    def attentions(self, tower: nn.Module) -> list[nn.Module]:
+    def attentions(self, tower: Any) -> list[nn.Module]:
         """Attention modules in order."""
         return [getattr(layer, self.attention_name) for layer in tower.get_submodule(self.layers_path)]
 
-    def projections(self, attention: nn.Module) -> dict[str, nn.Module]:
+    def projections(self, attention: Any) -> dict[str, nn.Module]:
         """Modules whose outputs are the queries and keys (behind their norms where there are any)."""
         found = {}
         for part in ("q", "k"):
@@ -62,7 +62,7 @@ class PictureTower:
         return found
 
     def queries_keys(
-        self, attention: nn.Module, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
+        self, attention: Any, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
     ) -> QueriesKeys:
         """Queries and keys of one call from the outputs of the projections."""
         heads = attention.num_heads
@@ -76,7 +76,7 @@ class PictureTower:
         received = received_attention(qk.q, qk.k, scale=qk.scale)
         return received[:, 1:] if self.class_token else received
 
-    def listen(self, tower: nn.Module, name: str, layer: int, sink: Sink, key: str) -> list[Any]:
+    def listen(self, tower: Any, name: str, layer: int, sink: Sink, key: str) -> list[Any]:
         """Hooks that hand the statistic of one layer to ``sink`` on every call of the tower."""
         attention = self.attentions(tower)[layer]
         outputs: dict[str, Tensor] = {}
@@ -92,9 +92,7 @@ class PictureTower:
                 sink(key, self.reduce(name, self.queries_keys(module, outputs, kwargs)))
             outputs.clear()
 
-        handles = [
-            module.register_forward_hook(keep(part)) for part, module in self.projections(attention).items()
-        ]
+        handles = [module.register_forward_hook(keep(part)) for part, module in self.projections(attention).items()]
         handles.append(attention.register_forward_hook(finish, with_kwargs=True))
         return handles
 
@@ -104,13 +102,13 @@ class PackedTower(PictureTower):
 
     packed = True
 
-    def projections(self, attention: nn.Module) -> dict[str, nn.Module]:
+    def projections(self, attention: Any) -> dict[str, nn.Module]:
         """A fused projection where there is one, separate ones otherwise."""
         fused = getattr(attention, "qkv", None)
         return {"qkv": fused} if isinstance(fused, nn.Module) else super().projections(attention)
 
     def queries_keys(
-        self, attention: nn.Module, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
+        self, attention: Any, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
     ) -> QueriesKeys:
         """Queries and keys with the tower's rotary embedding applied, [1, H, n, d]."""
         heads = attention.num_heads

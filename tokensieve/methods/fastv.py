@@ -7,9 +7,19 @@ token, as in the released code; the paper's text averages over all query rows in
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
 from torch import Tensor
 
+from tokensieve.core.layout import Layout
+from tokensieve.core.method import Method, Stage
+from tokensieve.core.plan import Plan
+from tokensieve.core.registry import register
+from tokensieve.core.sample import DecoderSample, HostFacts
 from tokensieve.errors import MethodError, RetentionError
+from tokensieve.ops.allocate import keep_count
 from tokensieve.ops.select import top_indices
 
 
@@ -44,9 +54,7 @@ def rank_visual(attention_row: Tensor, visual_mask: Tensor, keep: int) -> Tensor
         )
     scores = attention_row[visual_mask.bool()]
     if not 1 <= keep <= scores.numel():
-        raise MethodError(
-            f"cannot keep {keep} of {scores.numel()} visual tokens; keep at least 1 and at most all."
-        )
+        raise MethodError(f"cannot keep {keep} of {scores.numel()} visual tokens; keep at least 1 and at most all.")
     return top_indices(scores, keep)
 
 
@@ -118,3 +126,75 @@ def retention_for_average(average: float, first_layer: int, layers: int) -> floa
             f"at full length; it must be above {first_layer / layers:.3f} and at most 1."
         )
     return (average * layers - first_layer) / (layers - first_layer)
+
+
+@register
+@dataclass
+class FastV(Method):
+    """FastV: one cut in front of decoder layer K, by the attention of the last prompt token in layer K-1.
+
+    Parameters
+    ----------
+    retention
+        Share of the visual tokens that goes on into layer K; the published R is the share dropped.
+    layer
+        K, counted from zero; None takes 2, or the first layer behind the DeepStack layers.
+    average
+        ``retention`` is the average over all layers instead; the cut is deep enough to reach it.
+    scope
+        ``"prompt"`` ranks all visual tokens of a prompt together, ``"item"`` each image and video apart.
+    """
+
+    retention: float = 0.5
+    layer: int | None = None
+    average: bool = False
+    scope: Literal["prompt", "item"] = "prompt"
+
+    name: ClassVar[str] = "fastv"
+    title: ClassVar[str] = "FastV"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2403.06764"
+    venue: ClassVar[str] = "ECCV 2024"
+    code: ClassVar[str] = "https://github.com/pkunlp-icler/FastV"
+    stages: ClassVar[tuple[Stage, ...]] = ("decoder",)
+    accepts_budget: ClassVar[bool] = True
+    fidelity_note: ClassVar[str] = "newline embeddings are kept and never ranked; on DeepStack models K is 3"
+
+    def decoder_layers(self, facts: HostFacts) -> tuple[int, ...]:
+        """K."""
+        return (self.layer if self.layer is not None else max(2, facts.deepstack_layers),)
+
+    def check_host(self, facts: HostFacts) -> None:
+        """K must exist, and an average must be reachable behind K full layers."""
+        super().check_host(facts)
+        if self.average:
+            self._share(facts)
+
+    def token_count(self, layout: Layout) -> int:
+        """All tokens enter the LLM; the cut comes later."""
+        return layout.patches
+
+    def _share(self, facts: HostFacts) -> float:
+        if not self.average:
+            return self.retention
+        return retention_for_average(self.retention, self.decoder_layers(facts)[0], facts.decoder_layers)
+
+    def plan_decoder(self, sample: DecoderSample) -> Plan:
+        """Rank by the attention row, under the frame budget where one is given."""
+        assert sample.facts is not None
+        if sample.budget is not None:
+            return Plan(_within_frames(sample.attention, sample.view, sample.budget), positions="original")
+        share = self._share(sample.facts)
+        groups = sample.item if self.scope == "item" else torch.zeros_like(sample.item)
+        counts = torch.tensor([keep_count(int(size), share) for size in torch.bincount(groups)])
+        return Plan(_within_frames(sample.attention, groups, counts), positions="original")
+
+
+def _within_frames(scores: Tensor, group: Tensor, counts: Tensor) -> Tensor:
+    """The ``counts[g]`` highest scores of every group (at most all of them), as ascending ids."""
+    group = group.to(scores.device)
+    keeps = []
+    for index, count in enumerate(counts.tolist()):
+        mine = (group == index).nonzero()[:, 0]
+        if mine.numel() and count:
+            keeps.append(mine[top_indices(scores[mine], min(count, mine.numel()))])
+    return torch.cat(keeps).sort().values

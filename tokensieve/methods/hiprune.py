@@ -8,11 +8,18 @@ the budget.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from tokensieve.core.layout import Layout
+from tokensieve.core.method import Selector, Stage
+from tokensieve.core.registry import register
+from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError
-from tokensieve.ops.allocate import round_half_even
+from tokensieve.ops.allocate import keep_count, round_half_even
 from tokensieve.ops.grid import cross_neighbours
 from tokensieve.ops.select import top_indices, top_mask
 
@@ -122,26 +129,18 @@ def select_hierarchical(
         )
     frames, total = object_score.shape
     if not 1 <= budget <= total:
-        raise MethodError(
-            f"cannot keep {budget} of {total} patches per frame; keep at least 1 and at most all."
-        )
+        raise MethodError(f"cannot keep {budget} of {total} patches per frame; keep at least 1 and at most all.")
     anchors = torch.full((frames,), anchor_count(budget, alpha), device=object_score.device)
     marked = anchors_and_buffers(object_score, anchors, grid_width)
     excess = marked.sum(dim=1) > budget
     if official and bool(excess.any()):
-        raise MethodError(
-            f"anchors and buffers alone exceed the budget of {budget} patches; lower alpha ({alpha})."
-        )
+        raise MethodError(f"anchors and buffers alone exceed the budget of {budget} patches; lower alpha ({alpha}).")
     while bool(excess.any()):
         anchors = anchors - excess.long()
         marked = anchors_and_buffers(object_score, anchors, grid_width)
         excess = marked.sum(dim=1) > budget
     registers = budget - marked.sum(dim=1)
-    rest = (
-        deep_score - marked.to(deep_score.dtype)
-        if official
-        else deep_score.masked_fill(marked, float("-inf"))
-    )
+    rest = deep_score - marked.to(deep_score.dtype) if official else deep_score.masked_fill(marked, float("-inf"))
     return marked | top_mask(rest, registers)
 
 
@@ -182,3 +181,76 @@ def merged_unit_scores(patch_score: Tensor, unit: int = 4, restore: Tensor | Non
     """
     merged = patch_score.unflatten(-1, (-1, unit)).mean(dim=-1)
     return merged if restore is None else merged[..., restore]
+
+
+@register
+@dataclass
+class HiPrune(Selector):
+    """HiPrune: every view keeps its anchors, their neighbours, and the most attended patches of the deep layer.
+
+    Videos are not part of the publication; each frame is treated as a picture with its share of the budget.
+
+    Parameters
+    ----------
+    alpha
+        Share of the budget for anchors and their neighbours.
+    object_layer
+        Tower layer of the anchors, counted from one as in the paper; None takes 9 of 24 (CLIP), 16 of 32
+        (Qwen2.5-VL) or the same share of another depth.
+    official
+        Reproduce the released way to exclude anchors from the registers, see `select_hierarchical`.
+    """
+
+    retention: float = 1 / 3
+    alpha: float = 0.1
+    object_layer: int | None = None
+    official: bool = False
+
+    name: ClassVar[str] = "hiprune"
+    title: ClassVar[str] = "HiPrune"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2508.00553"
+    venue: ClassVar[str] = "ACL Findings 2026"
+    code: ClassVar[str] = "https://github.com/Danielement321/HiPrune"
+    stages: ClassVar[tuple[Stage, ...]] = ("tokens",)
+    fidelity_note: ClassVar[str] = "exact on images; per-frame use on videos and other tower depths are inferred"
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Received attention of the object layer and of the layer that is projected."""
+        return self._requests(facts)
+
+    def _requests(self, facts: HostFacts) -> tuple[str, str]:
+        layer = self.object_layer or max(1, round(facts.tower_layers * (0.5 if facts.position_axes > 1 else 0.375)))
+        return f"encoder.received_attention@{layer - 1}", "encoder.received_attention@feature"
+
+    def token_count(self, layout: Layout) -> int:
+        """Every view takes the integer part of its share, at least one token."""
+        return int(_view_shares(layout, keep_count(layout.patches, self.retention)).sum())
+
+    def select(self, sample: TokenSample, count: int) -> Tensor:
+        """Deal the count out to the views by size, then choose in every view."""
+        assert sample.facts is not None
+        shallow, deep = (sample.signal(request) for request in self._requests(sample.facts))
+        sizes = sample.layout.patches_per_view
+        counts = _view_shares(sample.layout, count)
+        keeps, start = [], 0
+        for view, (size, share) in enumerate(zip(sizes.tolist(), counts.tolist(), strict=True)):
+            part = slice(start, start + size)
+            # Published scores sum the columns of the attention matrix in Qwen towers and average them in CLIP's.
+            scale = size if sample.facts.position_axes > 1 else 1
+            mask = select_hierarchical(
+                shallow[part][None] * scale,
+                deep[part][None] * scale,
+                share,
+                grid_width=sample.layout.views[view][1],
+                alpha=self.alpha,
+                official=self.official,
+            )
+            keeps.append(mask[0].nonzero()[:, 0] + start)
+            start += size
+        return torch.cat(keeps)
+
+
+def _view_shares(layout: Layout, count: int) -> Tensor:
+    """Tokens of every view: the integer part of its share of ``count`` by size, at least one, int64 [views]."""
+    sizes = layout.patches_per_view
+    return (sizes * count // sizes.sum()).clamp(min=1)

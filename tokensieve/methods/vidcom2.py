@@ -9,11 +9,18 @@ the paper's text.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tokensieve.core.budget import register_budget
+from tokensieve.core.layout import Layout
+from tokensieve.core.method import Method, Stage
+from tokensieve.core.plan import Plan
+from tokensieve.core.registry import register
+from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError
 from tokensieve.ops.allocate import check_retention, keep_count, largest_remainder, per_frame_counts
 from tokensieve.ops.centre import centre_products, channel_variance
@@ -157,9 +164,7 @@ def frame_uniqueness(video_score: Tensor, variant: FrameVariant = "negative_mean
         return torch.zeros_like(video_score[:, 0])
     sign, _, statistic = variant.partition("_")
     if variant not in get_args(FrameVariant):
-        raise MethodError(
-            f"frame variant '{variant}' is unknown; use one of {', '.join(get_args(FrameVariant))}."
-        )
+        raise MethodError(f"frame variant '{variant}' is unknown; use one of {', '.join(get_args(FrameVariant))}.")
     if statistic == "mean":
         exact = torch.float64 if video_score.dtype == torch.float32 else video_score.dtype
         value = video_score.mean(dim=1, dtype=exact).to(video_score.dtype)
@@ -195,9 +200,7 @@ def frame_ratios(uniqueness: Tensor, retention: float, temperature: float = TEMP
     """
     check_retention(retention)
     if not temperature > 0:
-        raise MethodError(
-            f"temperature is {temperature}, but it must be above 0; the published value is 0.01."
-        )
+        raise MethodError(f"temperature is {temperature}, but it must be above 0; the published value is 0.01.")
     work = uniqueness.double() if uniqueness.dtype == torch.float32 else uniqueness
     shares = torch.softmax((work - work.max()) / temperature, dim=0)
     ratios = retention * (1.0 + shares - 1.0 / uniqueness.numel())
@@ -288,9 +291,7 @@ def token_scores(
         If the variant is unknown, or its attention is missing or of another shape.
     """
     if variant not in get_args(TokenVariant):
-        raise MethodError(
-            f"token variant '{variant}' is unknown; use one of {', '.join(get_args(TokenVariant))}."
-        )
+        raise MethodError(f"token variant '{variant}' is unknown; use one of {', '.join(get_args(TokenVariant))}.")
     if variant == "video_and_frame":
         return video_score + frame_score
     sign, _, name = variant.rpartition("_")
@@ -346,3 +347,88 @@ def select_tokens(
     scores = token_scores(video_score, frame_score, token_variant, attention)
     mask = top_mask(scores, counts, largest=False)
     return mask.flatten().nonzero()[:, 0], ratios, counts
+
+
+@register
+@dataclass
+class VidCom2(Method):
+    """VidCom2, the headline plug-and-play compressor.
+
+    Parameters
+    ----------
+    temperature
+        Softmax temperature of the frame budgets; 0.01 in every release.
+    similarity
+        ``"gaussian"`` (released code) or ``"cosine"`` (the paper's text).
+    frame_variant, token_variant
+        Ablation switches of the first release, see `frame_uniqueness` and `token_scores`.
+    exact_total
+        Correct the frame budgets so that exactly ``round(R * F * N)`` tokens survive. Off by default, as
+        published; serving engines that size placeholders beforehand need it.
+    score_dtype
+        ``"float32"`` or the half-precision type of a reference run to be reproduced.
+    """
+
+    temperature: float = TEMPERATURE
+    similarity: Similarity = "gaussian"
+    frame_variant: FrameVariant = "negative_mean"
+    token_variant: TokenVariant = "video_and_frame"
+    exact_total: bool = False
+    score_dtype: str = "float32"
+
+    name: ClassVar[str] = "vidcom2"
+    title: ClassVar[str] = "VidCom2"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.14454"
+    venue: ClassVar[str] = "EMNLP 2025"
+    code: ClassVar[str] = "https://github.com/xuyang-liu16/VidCom2"
+    stages: ClassVar[tuple[Stage, ...]] = ("tokens",)
+    exact_count: ClassVar[bool] = False
+    uniform_views: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_dtype not in ("float32", "float16", "bfloat16"):
+            raise MethodError(f"score_dtype must be float32, float16 or bfloat16, not {self.score_dtype!r}.")
+        for value, kind in (
+            (self.similarity, Similarity),
+            (self.frame_variant, FrameVariant),
+            (self.token_variant, TokenVariant),
+        ):
+            if value not in get_args(kind):
+                raise MethodError(f"{value!r} is no option of VidCom2; choose from {', '.join(get_args(kind))}.")
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Features alone, unless tokens are to be scored by encoder attention (an ablation)."""
+        return ("encoder.received_attention@feature",) if "attention" in self.token_variant else ()
+
+    def token_count(self, layout: Layout) -> int | None:
+        """Known beforehand with ``exact_total`` only."""
+        return keep_count(layout.patches, self.retention) if self.exact_total else None
+
+    def plan_tokens(self, sample: TokenSample) -> Plan:
+        """Steps 1 to 8 on one video (or one picture as a video of one frame)."""
+        features, dtype = sample.by_frame, getattr(torch, self.score_dtype)
+        channels = low_variance_channels(features, dtype)
+        video_score, frame_score = gaussian_scores(features, channels, self.similarity, dtype)
+        ratios, counts = _budget(video_score, self.retention, self.temperature, self.frame_variant, self.exact_total)
+        attention = None
+        if "attention" in self.token_variant:
+            attention = sample.signal("encoder.received_attention@feature").view_as(video_score)
+        scores = token_scores(video_score, frame_score, self.token_variant, attention)
+        keep = top_mask(scores, counts, largest=False).flatten().nonzero()[:, 0]
+        info = {
+            "frame_uniqueness": frame_uniqueness(video_score).cpu(),
+            "frame_ratio": ratios.cpu(),
+            "frame_count": counts.cpu(),
+            "token_score": scores.cpu(),
+        }
+        return Plan(keep, positions=self.position_policy, separators="after-frame", info=info)
+
+
+@register_budget("vidcom2")
+def vidcom2_budget(sample: TokenSample, retention: float) -> Tensor:
+    """Frame budgets of VidCom2 for any other selector, int64 [views]."""
+    if sample.layout.is_uniform:
+        return frame_budget(sample.by_frame, retention)[1]
+    counts = [keep_count(patches, retention) for patches in sample.layout.patches_per_view.tolist()]
+    return torch.tensor(counts)
