@@ -1,8 +1,8 @@
 """Golden tests: one test per ``.npz`` file of a system, whatever the file is called.
 
-A test module names its system in the module constant ``SYSTEM`` and takes the fixture ``golden``, the arrays of
-one file. Files are read from ``<directory>/<system>/``; the directory is the environment variable
-``TOKENSIEVE_GOLDEN_DIR``, or the project's own copy. A system without files fails, so that no check is lost silently.
+A test module names its system in the module constant ``SYSTEM`` and takes the fixture ``golden``, the arrays
+of one file. Files are read from ``<directory>/<system>/``; the directory is the environment variable
+``TOKENSIEVE_GOLDEN_DIR``, or the project's own copy. A system without files fails, so that no check is lost.
 """
 
 from __future__ import annotations

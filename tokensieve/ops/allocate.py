@@ -53,9 +53,7 @@ def check_retention(retention: float) -> float:
         If the value is outside (0, 1] or not a number.
     """
     if not 0.0 < retention <= 1.0:
-        raise RetentionError(
-            f"retention is {retention}, but it must be above 0 and at most 1; for example 0.25."
-        )
+        raise RetentionError(f"retention is {retention}, but it must be above 0 and at most 1; for example 0.25.")
     return retention
 
 
@@ -164,9 +162,7 @@ def largest_remainder(ideal: Tensor, total: int, capacity: int, minimum: int = 1
     excess = sum(counts) - total
     step = -1 if excess > 0 else 1
     bound = minimum if excess > 0 else capacity
-    queue = [
-        ((count - share) * step, idx) for idx, (count, share) in enumerate(zip(counts, shares, strict=True))
-    ]
+    queue = [((count - share) * step, idx) for idx, (count, share) in enumerate(zip(counts, shares, strict=True))]
     heapq.heapify(queue)
     for _ in range(abs(excess)):
         deviation, idx = heapq.heappop(queue)

@@ -30,9 +30,7 @@ def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     if heads % kv_heads:
-        raise MethodError(
-            f"{heads} query heads cannot share {kv_heads} key heads; the first must be a multiple."
-        )
+        raise MethodError(f"{heads} query heads cannot share {kv_heads} key heads; the first must be a multiple.")
     grouped = (as_float32(q) * scale).reshape(batch, kv_heads, heads // kv_heads * queries, dim)
     return (grouped @ as_float32(k).transpose(-1, -2)).reshape(batch, heads, queries, keys)
 
@@ -119,9 +117,7 @@ def received_attention(
     scale = _default_scale(q, scale)
     if segments is not None:
         if query_rows != "all" or causal:
-            raise MethodError(
-                "attention inside segments cannot be limited by query_rows or causal; drop one of them."
-            )
+            raise MethodError("attention inside segments cannot be limited by query_rows or causal; drop one of them.")
         lengths = _segment_lengths(segments, k.shape[2])
         summed = _segmented(q, k, lengths, scale, queries_per_chunk, max_bytes, reduce_queries == "mean")
     else:

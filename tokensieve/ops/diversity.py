@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.errors import MethodError
-from tokensieve.ops.similarity import unit_vectors
+from tokensieve.ops.similarity import UNIT_EPSILON
 
 Strategy = Literal["auto", "matrix", "running", "pool"]
 
@@ -67,20 +67,12 @@ def farthest_point(
     as the best exact distance in the pool is above the best stale one outside, the next choice is certain.
     """
     if features.dim() != 2:
-        raise MethodError(
-            f"farthest-point selection needs features [n, D], but the shape is {tuple(features.shape)}."
-        )
+        raise MethodError(f"farthest-point selection needs features [n, D], but the shape is {tuple(features.shape)}.")
     total = features.shape[0]
     count = min(max(count, 0), total)
     if count == 0:
-        return torch.zeros(0, dtype=torch.int64, device=features.device), features.new_zeros(
-            0, dtype=torch.float32
-        )
-    units = unit_vectors(features).float()
-    if not torch.isfinite(units.sum()):
-        raise MethodError(
-            "farthest-point selection met a feature that is infinite or not a number; check the encoder."
-        )
+        return torch.zeros(0, dtype=torch.int64, device=features.device), features.new_zeros(0, dtype=torch.float32)
+    units = _directions(features)
     if strategy == "auto":
         stored = 4 * total * total <= max_matrix_bytes
         if units.device.type == "cpu":
@@ -97,6 +89,16 @@ def farthest_point(
     if strategy == "pool":
         return _greedy_pool(units, _first_choice(_nearest_pruned(units)), count)
     raise MethodError(f"strategy '{strategy}' is unknown; use 'auto', 'matrix', 'running' or 'pool'.")
+
+
+def _directions(features: Tensor) -> Tensor:
+    """Unit vectors in float32; zero vectors share a direction of their own, so that they count as duplicates."""
+    norms = features.float().norm(dim=1, keepdim=True)
+    if not torch.isfinite(norms).all():
+        raise MethodError("farthest-point selection met a feature that is infinite or not a number; check the encoder.")
+    units = features.float() / norms.clamp_min(UNIT_EPSILON)
+    zero = norms == 0
+    return torch.cat((units, zero.float()), dim=1) if bool(zero.any()) else units
 
 
 def _first_choice(nearest: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,9 +159,7 @@ def _nearest_pruned(units: Tensor, columns: int = 256, probes: int = 16) -> Tens
     return nearest
 
 
-def _nearest_among(
-    rows: Tensor, row_idx: Tensor, columns: Tensor, column_idx: Tensor | None = None
-) -> Tensor:
+def _nearest_among(rows: Tensor, row_idx: Tensor, columns: Tensor, column_idx: Tensor | None = None) -> Tensor:
     """Largest similarity of each row to a column that is another token; all tokens are columns by default."""
     similarity = rows @ columns.T
     if column_idx is None:
@@ -169,9 +169,7 @@ def _nearest_among(
     return similarity.amax(dim=1)
 
 
-def _greedy_rows(
-    row_of: Callable[[Tensor], Tensor], first: tuple[Tensor, Tensor], count: int
-) -> tuple[Tensor, Tensor]:
+def _greedy_rows(row_of: Callable[[Tensor], Tensor], first: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Greedy choice with the running minimum over all tokens; never waits for the device."""
     idx, distance = first
     order, distances = [idx], [distance]

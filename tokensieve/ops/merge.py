@@ -100,9 +100,7 @@ def join_merged(parts: Sequence[MergedTokens]) -> MergedTokens:
         torch.cat([m.target + start for m, start in zip(maps, starts, strict=True)]),
         torch.cat([m.weight for m in maps]),
     )
-    return MergedTokens(
-        torch.cat([p.features for p in parts]), torch.cat([p.source for p in parts]), merge_map
-    )
+    return MergedTokens(torch.cat([p.features for p in parts]), torch.cat([p.source for p in parts]), merge_map)
 
 
 def sort_merged(tokens: MergedTokens) -> MergedTokens:
@@ -240,7 +238,5 @@ def sequential_average(base: Tensor, arrivals: Tensor, target: Tensor) -> Tensor
     """
     base_weight, arrival_weight = sequential_average_weights(target, base.shape[0])
     work = as_float32(base)
-    summed = _grouped_sum(
-        as_float32(arrivals) * arrival_weight.to(work.dtype).unsqueeze(-1), target, base.shape[0]
-    )
+    summed = _grouped_sum(as_float32(arrivals) * arrival_weight.to(work.dtype).unsqueeze(-1), target, base.shape[0])
     return (work * base_weight.to(work.dtype).unsqueeze(-1) + summed).to(base.dtype)

@@ -40,9 +40,7 @@ def static_run_counts(similar: Tensor) -> Tensor:
     return histogram.flip(1).cumsum(1).flip(1)
 
 
-def segment_static(
-    similarity: Tensor, threshold: float, max_window: int = 1024
-) -> tuple[list[tuple[int, int]], int]:
+def segment_static(similarity: Tensor, threshold: float, max_window: int = 1024) -> tuple[list[tuple[int, int]], int]:
     """Segmentation of a video that saves the most tokens when static patches are merged over time.
 
     A window of frames a..b saves ``S(a, b) * (b - a)`` tokens, where S counts the patches whose similarity

@@ -1,4 +1,4 @@
-"""Deterministic top-k selection."""
+"""Deterministic selection: top-k here, farthest points from their own module."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from tokensieve.ops.diversity import farthest_point
+
+__all__ = ["farthest_point", "top_indices", "top_mask"]
 
 
 def _ranked(scores: Tensor, largest: bool) -> Tensor:
