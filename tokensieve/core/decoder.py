@@ -173,7 +173,7 @@ class DecoderStage:
                     with self.clock("compress"):
                         hidden = self._cut(index, number, method, hidden, {**kwargs, **self._swap})
                 if index > 0 and index in self.prompt.pasts and index not in self.cuts:
-                    self._realign(index, hidden)
+                    self._realign(index, hidden, kwargs)
                 kwargs.update(_on(self._swap, hidden.device))
                 if args:
                     return (hidden, *args[1:]), kwargs
@@ -216,10 +216,11 @@ class DecoderStage:
         first = max(known for known in self.removed if known <= layer)
         self.spans[layer] = Span(self.prompt.keys(layer), self.removed[first] + self._cut_away)
 
-    def _realign(self, layer: int, hidden: Tensor) -> None:
+    def _realign(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """A layer whose cache was cut by an earlier turn but is not cut in this one."""
         self._open_span(layer)
-        self._swap["attention_mask"] = causal_mask(self.config, hidden, self.spans[layer].real)
+        cache = kwargs.get("past_key_values")
+        self._swap["attention_mask"] = causal_mask(self.config, hidden, self.spans[layer].real, cache, layer)
 
     def _plan_row(
         self, row: int, layer: int, number: int, method: Method, hidden: Tensor
@@ -296,11 +297,12 @@ class DecoderStage:
 
     def _aligned(self, compaction: Compaction, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Mask, rotary tables and positions for the shortened batch."""
-        real = self.spans[max(self.spans)].real
+        layer = max(self.spans)
+        real = self.spans[layer].real
         cos, sin = kwargs["position_embeddings"]
         batch = hidden.shape[0]
         swap: dict[str, Any] = {
-            "attention_mask": causal_mask(self.config, hidden, real),
+            "attention_mask": causal_mask(self.config, hidden, real, kwargs.get("past_key_values"), layer),
             "position_embeddings": tuple(
                 gather_sequence(table.expand(batch, -1, -1), compaction.index) for table in (cos, sin)
             ),
@@ -324,9 +326,9 @@ class DecoderStage:
             return
         if built_for != first:
             span = ledger.spans[first]
-            cached = kwargs["past_key_values"].layers[first].get_seq_length()
-            mask = span.mask(int(cached) + hidden.shape[1], given)
-            self._swap = {"attention_mask": causal_mask(self.config, hidden, mask)}
+            cache = kwargs["past_key_values"]
+            mask = span.mask(int(cache.layers[first].get_seq_length()) + hidden.shape[1], given)
+            self._swap = {"attention_mask": causal_mask(self.config, hidden, mask, cache, first)}
             self._step = (ledger, first, given)
         kwargs.update(_on(self._swap, hidden.device))
 

@@ -16,8 +16,9 @@ class _Past:
     is_linear = (False,)
     is_dummy = (False,)
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, width: int | None) -> None:
         self.length = length
+        self.width = width
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         return self.length
@@ -26,11 +27,14 @@ class _Past:
         return self.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int | None = 0) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.width or self.length + query_length, 0
 
 
-def causal_mask(config: Any, hidden: Tensor, real: Tensor) -> Any:
-    """Causal mask for queries ``hidden [B, q, D]`` that end a key sequence with padding mask ``real [B, kv]``."""
+def causal_mask(config: Any, hidden: Tensor, real: Tensor, cache: Any = None, layer: int = 0) -> Any:
+    """Causal mask for queries ``hidden [B, q, D]`` that end a key sequence with padding mask ``real [B, kv]``.
+
+    With a preallocated cache the mask is as wide as the layer's buffer.
+    """
     from transformers.masking_utils import create_causal_mask
 
     past = real.shape[1] - hidden.shape[1]
@@ -38,9 +42,21 @@ def causal_mask(config: Any, hidden: Tensor, real: Tensor) -> Any:
         config=config,
         inputs_embeds=hidden,
         attention_mask=real.to(hidden.device),
-        past_key_values=_Past(past),
+        past_key_values=_Past(past, _buffer_width(cache, layer)),
         position_ids=None,
     )
+
+
+def is_preallocated(cache: Any) -> bool:
+    """Whether the cache hands out whole buffers, of which only the first entries are filled."""
+    return _buffer_width(cache, 0) is not None
+
+
+def _buffer_width(cache: Any, layer: int) -> int | None:
+    """Entries of a preallocated cache layer; None for caches that grow."""
+    if cache is None or len(cache.layers) <= layer:
+        return None
+    return getattr(cache.layers[layer], "max_cache_len", None)
 
 
 def padding_mask(mask: Any, batch: int, total: int) -> Tensor | None:

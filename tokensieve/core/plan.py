@@ -39,6 +39,8 @@ class Plan:
     separators
         Where newline embeddings go: in place, all of a frame's behind its survivors, or only those of grid
         rows that still hold a token.
+    views : Tensor, optional
+        Views that take part at all; separators of the others go. None means all.
     info
         Named quantities worth looking at (frame uniqueness, budgets, scores); shown by reports and pictures.
     """
@@ -48,6 +50,7 @@ class Plan:
     merged: MergeMap | None = None
     positions: Positions = "renumber"
     separators: SeparatorRule = "in-place"
+    views: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     def checked(self, patches: int, method: str) -> Plan:
@@ -90,7 +93,7 @@ def join_views(layout: Layout, plans: Sequence[Plan]) -> Plan:
             torch.cat([m.weight.cpu() for m in maps]),
         )
     info = {f"view{i}.{key}": value for i, plan in enumerate(plans) for key, value in plan.info.items()}
-    return Plan(keep, features, merged, plans[0].positions, plans[0].separators, info)
+    return Plan(keep, features, merged, plans[0].positions, plans[0].separators, info=info)
 
 
 def reading_order(layout: Layout, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -109,6 +112,9 @@ def reading_order(layout: Layout, plan: Plan) -> tuple[Tensor, Tensor]:
     keep = plan.keep
     patch_tokens = layout.patch_tokens[keep]
     separators = (~layout.is_patch).nonzero().flatten()
+    if plan.views is not None:
+        owner = layout.view[separators]
+        separators = separators[torch.isin(owner, plan.views) | (owner < 0)]
     slots = torch.cat((torch.arange(keep.numel()), torch.full_like(separators, -1)))
     tokens = torch.cat((patch_tokens, separators))
     if not layout.has_row_separators:

@@ -159,6 +159,7 @@ class Planner:
         plan = self._plan_tokens(sample)
         if tokens is not None:
             plan = _onto(plan, layout.patches, tokens, layout.patch_tokens, part.patch_tokens)
+            plan.views = kept_views
         item.plan = plan
 
     def _plan_tokens(self, sample: TokenSample) -> Plan:

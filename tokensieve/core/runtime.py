@@ -20,7 +20,7 @@ from tokensieve.core.compactor import (
 )
 from tokensieve.core.decoder import DecoderStage, Prompt
 from tokensieve.core.ledger import Ledger
-from tokensieve.core.masks import padding_mask
+from tokensieve.core.masks import is_preallocated, padding_mask
 from tokensieve.core.method import Method
 from tokensieve.core.prefill import Planner, PromptItem, compact, locate
 from tokensieve.core.signals import SignalRequest
@@ -252,12 +252,14 @@ class Run:
         physical = int(cache.layers[0].get_seq_length()) + length
         span = ledger.spans[0]
         given = padding_mask(kwargs.get("attention_mask"), batch, physical + span.removed)
-        needed = given is not None and not bool(given.all())
-        if needed or any(s.ragged for s in ledger.spans.values()):
+        padded = given is not None and not bool(given.all())
+        if padded or any(s.ragged for s in ledger.spans.values()):
             kwargs["attention_mask"] = span.mask(physical, given).to(embeds.device)
-            self._decoder.step(ledger, given)
         else:
             kwargs["attention_mask"] = None
+        # One query on growing, unpadded caches needs no mask at any layer; everything else does.
+        if kwargs["attention_mask"] is not None or length > 1 or is_preallocated(cache):
+            self._decoder.step(ledger, given)
         positions = kwargs.get("position_ids")
         if positions is None and self.facts.position_axes == 1:
             start = physical - length + span.removed

@@ -165,5 +165,5 @@ class VideoLlama3(_PackedHost):
             present = mask[start : start + whole.layout.tokens].cpu().nonzero().flatten()
             start += whole.layout.tokens
             part = whole.layout.of_tokens(present)
-            items.append(EncodedItem(part, whole.units, whole.frames_kept, whole, present))
+            items.append(EncodedItem(part, whole.units, whole.frames_kept, whole=whole, present=present))
         return items
