@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tokensieve.core.layout import Layout
+from tokensieve.core.plan import Plan, reading_order
+from tokensieve.core.sample import TokenSample
 from tokensieve.methods import vidcom2
 
 SYSTEM = "vidcom2"
@@ -39,14 +42,24 @@ def test_matches_reference(golden: dict[str, np.ndarray]) -> None:
 
     out_sum = flat[keep].double().sum(0)
     if "newline" in golden:
-        width = round(tokens**0.5)
-        stride = tokens + tokens // width
-        frame, patch = keep // tokens, keep % tokens
-        patches = frame * stride + patch // width * (width + 1) + patch % width
-        newlines = torch.arange(width) * (width + 1) + width
-        sequence = [torch.cat((patches[frame == t], newlines + t * stride)) for t in range(frames)]
-        np.testing.assert_array_equal(torch.cat(sequence).numpy(), golden["kept_global"])
-        out_sum += torch.from_numpy(golden["newline"]).double() * newlines.numel() * frames
+        side = round(tokens**0.5)
+        layout = Layout.regular("video", frames, side, side, "row")
+        sequence, slots = reading_order(layout, Plan(keep, separators="after-frame"))
+        np.testing.assert_array_equal(sequence.numpy(), golden["kept_global"])
+        newlines = int((slots < 0).sum())
+        assert newlines == side * frames
+        out_sum += torch.from_numpy(golden["newline"]).double() * newlines
     else:
         np.testing.assert_array_equal(keep.numpy(), golden["kept_global"])
     np.testing.assert_allclose(out_sum.numpy(), golden["out_sum"], rtol=1e-5, atol=1e-3)
+
+
+def test_method_gives_the_reference_plan(golden: dict[str, np.ndarray]) -> None:
+    """The registered method on a sample, as the runtime calls it."""
+    tokens = int(golden["tokens_per_frame"])
+    features = torch.from_numpy(golden["feat"])
+    frames = features.shape[0] // tokens
+    sample = TokenSample(features, Layout.regular("video", frames, 1, tokens))
+    plan = vidcom2.VidCom2(retention=float(golden["retention"])).run_tokens(sample)
+    np.testing.assert_array_equal((plan.keep % tokens).numpy(), golden["kept_local"])
+    np.testing.assert_array_equal(plan.info["frame_count"].numpy(), golden["k_per_frame"])

@@ -9,25 +9,19 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from tokensieve import list_methods
 from tokensieve.hosts import tiny
 
-METHODS = {
-    "none": "none",
-    "random": "random:retention=0.3",
-    "uniform": "uniform:retention=0.3",
-    "frame-subsample": "frame-subsample:retention=0.5",
-    "mean-pool": "mean-pool:retention=0.3",
-    "vidcom2": "vidcom2:retention=0.3",
+OPTIONS = {"none": "", "frame-subsample": ":retention=0.5"}
+"""How a method is called in the matrix; every registered method takes part, at retention 0.3 unless named here."""
+COMPOSITIONS = {
     "vidcom2-exact": "vidcom2:retention=0.3,exact_total=true",
-    "holitom": "holitom:retention=0.3",
-    "divprune": "divprune:retention=0.3",
-    "hiprune": "hiprune:retention=0.3",
-    "fastv": "fastv:retention=0.3",
     "fastv-budget": "fastv:retention=0.3,budget=vidcom2",
     "divprune-budget": "divprune:retention=0.3,budget=vidcom2",
     "vidcom2+fastv": "vidcom2:retention=0.4+fastv:retention=0.5",
     "frames+hiprune": "frame-subsample:retention=0.5+hiprune:retention=0.5",
 }
+METHODS = {name: name + OPTIONS.get(name, ":retention=0.3") for name in list_methods()} | COMPOSITIONS
 FAMILIES = list(tiny.FAMILIES)
 Loaded = Callable[[str], tuple[Any, Any]]
 
