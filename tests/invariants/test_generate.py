@@ -271,3 +271,97 @@ def test_text_only_prompt_is_untouched(loaded: Any, family: str, cutter: str) ->
     with tokensieve.compress(model, cutter) as run:
         assert torch.equal(expected, greedy(model, inputs))
     assert not run.history
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_video", "llava_next_video"])
+@pytest.mark.parametrize("method", ["uniform:retention=0.3", "vidcom2:retention=0.3", "vidcom2:retention=0.3,positions=original"])
+def test_later_turn_with_another_video(loaded: Any, family: str, method: str) -> None:
+    """A new video in a second turn joins the compacted cache as if both had been in one prompt."""
+    model, processor = loaded(family)
+    one = tiny.example_inputs(family, processor, seed=1)
+    two = tiny.example_inputs(family, processor, seed=2)
+    with torch.no_grad(), tokensieve.compress(model, method) as run:
+        cache = DynamicCache(config=model.config.get_text_config())
+        first = greedy(model, one, 3, past_key_values=cache)
+        conversation = torch.cat((first, two["input_ids"]), dim=1)
+        mask = torch.ones_like(conversation)
+        second = model.generate(
+            input_ids=conversation,
+            attention_mask=mask,
+            pixel_values_videos=two["pixel_values_videos"],
+            past_key_values=cache,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+        )
+        assert len(run.history[-1].items) == 1
+        both = torch.cat((one["pixel_values_videos"], two["pixel_values_videos"]))
+        expected = model.generate(
+            input_ids=conversation,
+            attention_mask=mask,
+            pixel_values_videos=both,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+        )
+        assert len(run.history[-1].items) == 2
+    assert torch.equal(second, expected)
+
+
+def test_cut_caches_take_another_video(loaded: Any) -> None:
+    """Caches that are shorter behind a cut stay aligned when a later turn brings another video."""
+    model, processor = loaded("llava_onevision")
+    one = tiny.example_inputs("llava_onevision", processor, seed=1)
+    two = tiny.example_inputs("llava_onevision", processor, seed=2)
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        with tokensieve.compress(model, "fastv:retention=0.3"):
+            first = greedy(model, one, 3, past_key_values=cache)
+        lengths = [layer.get_seq_length() for layer in cache.layers]
+        conversation = torch.cat((first, two["input_ids"]), dim=1)
+        inputs = {
+            "input_ids": conversation,
+            "attention_mask": torch.ones_like(conversation),
+            "pixel_values_videos": two["pixel_values_videos"],
+        }
+        with tokensieve.compress(model, "vidcom2:retention=0.3") as run:
+            greedy(model, inputs, 3, past_key_values=cache)
+        grown = [layer.get_seq_length() for layer in cache.layers]
+    # The pending answer token and the compressed second prompt, then two of the three new answer tokens.
+    entered = run.history[-1].after[0] + 2
+    assert [after - before for before, after in zip(lengths, grown, strict=True)] == [entered] * len(lengths)
+
+
+def test_gradients_reach_the_features(loaded: Any) -> None:
+    """Training through the compactor: kept tokens get gradients, dropped ones none."""
+    model, processor = loaded("llava_onevision")
+    inputs = dict(tiny.example_inputs("llava_onevision", processor))
+    features: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        features.append(output)
+
+    handle = model.base_model.multi_modal_projector.register_forward_hook(keep)
+    labels = inputs["input_ids"].clone()
+    labels[labels == model.config.video_token_id] = -100
+    with tokensieve.compress(model, "uniform:retention=0.3"):
+        model(**inputs, labels=labels).loss.backward()
+    handle.remove()
+    model.zero_grad()
+    assert features[0].grad is not None
+    assert float(features[0].grad.abs().sum()) > 0
+
+
+def test_dispatched_model(loaded: Any, tmp_path: Any) -> None:
+    """A model loaded with ``device_map`` (accelerate's hooks on every module) works alike."""
+    from transformers import AutoModelForImageTextToText
+
+    model, processor = loaded("llava_onevision")
+    inputs = tiny.example_inputs("llava_onevision", processor, batch=2)
+    dispatched = AutoModelForImageTextToText.from_pretrained(tiny.cached("llava_onevision"), device_map="cpu").eval()
+    results = []
+    for each in (model, dispatched):
+        with tokensieve.compress(each, "vidcom2:retention=0.3+fastv:retention=0.5"):
+            results.append(greedy(each, inputs))
+    assert torch.equal(*results)
