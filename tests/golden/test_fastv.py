@@ -50,9 +50,7 @@ def _model(golden: Any) -> Any:
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=rows + 3)
     model = LlavaForConditionalGeneration(config).eval()
     text_model = model.model.language_model
-    weights = {
-        name.removeprefix("w."): torch.from_numpy(golden[name]) for name in golden if name.startswith("w.")
-    }
+    weights = {name.removeprefix("w."): torch.from_numpy(golden[name]) for name in golden if name.startswith("w.")}
     embeds = torch.from_numpy(golden["inputs_embeds"][0])
     table = torch.zeros(vocabulary, hidden)
     table[:rows] = embeds

@@ -111,9 +111,7 @@ def test_later_turn_on_a_kept_cache(loaded: Any, family: str, cutter: str) -> No
     follow = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad(), tokensieve.compress(model, cutter):
         cache = DynamicCache(config=model.config.get_text_config())
-        first = model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, do_sample=False
-        )
+        first = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, do_sample=False)
         # All of the conversation so far, without its last answer token, is in the cache.
         assert cache.get_seq_length() == first.shape[1] - 1
         assert cache.layers[-1].get_seq_length() < first.shape[1] - 1
@@ -274,7 +272,9 @@ def test_text_only_prompt_is_untouched(loaded: Any, family: str, cutter: str) ->
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "llava_video", "llava_next_video"])
-@pytest.mark.parametrize("method", ["uniform:retention=0.3", "vidcom2:retention=0.3", "vidcom2:retention=0.3,positions=original"])
+@pytest.mark.parametrize(
+    "method", ["uniform:retention=0.3", "vidcom2:retention=0.3", "vidcom2:retention=0.3,positions=original"]
+)
 def test_later_turn_with_another_video(loaded: Any, family: str, method: str) -> None:
     """A new video in a second turn joins the compacted cache as if both had been in one prompt."""
     model, processor = loaded(family)

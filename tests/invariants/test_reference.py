@@ -44,7 +44,9 @@ def _order(model: Any, ids: torch.Tensor, item: Any) -> torch.Tensor:
         behind = "frame_ratio" in item.info and item.layout.kind == "video"
         frame = {int(t): int(layout.view[t]) for t in torch.cat((tokens, separators)).tolist()}
         kept_frames = set(item.layout.patch_view[item.keep].tolist())
-        separators = torch.tensor([t for t in separators.tolist() if frame[t] in kept_frames or "frame_ratio" in item.info])
+        separators = torch.tensor(
+            [t for t in separators.tolist() if frame[t] in kept_frames or "frame_ratio" in item.info]
+        )
         key = {t: (frame[t], behind and t in set(separators.tolist()), t) for t in frame}
         tokens = torch.tensor(sorted(tokens.tolist() + separators.tolist(), key=lambda t: key[t]))
     else:

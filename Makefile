@@ -1,0 +1,52 @@
+# Two commands matter: `make demo` and `make test`. Both prepare their own environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: install demo test lint format types docs bench bench-gpu test-gpu clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/python -m tokensieve.demo
+
+test: install lint types
+	$(BIN)/python -m pytest -n $(WORKERS) -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install
+	$(BIN)/mypy
+
+docs: install
+	$(BIN)/python docs/generate.py
+
+bench: install
+	$(BIN)/python -m benchmarks.cpu_prefill
+	$(BIN)/python -m benchmarks.own_time
+
+bench-gpu:
+	$(BIN)/python -m benchmarks.gpu
+
+test-gpu:
+	$(BIN)/python -m pytest tests/gpu -q -m gpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
