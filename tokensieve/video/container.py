@@ -55,6 +55,28 @@ class StreamFacts:
     warnings: list[str] = field(default_factory=list)
 
 
+class Decoder:
+    """A stream's decoder that survives damaged packets and counts them.
+
+    Attributes
+    ----------
+    damaged : int
+        Packets that could not be decoded so far.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.damaged = 0
+
+    def feed(self, packet: Any) -> list[Any]:
+        """Decode a packet, or with None empty the decoder; a damaged packet gives no frame."""
+        try:
+            return list(self.stream.decode(packet))
+        except (av.error.FFmpegError, ValueError, EOFError):
+            self.damaged += packet is not None
+            return []
+
+
 @contextmanager
 def open_container(opened: OpenSource) -> Iterator[Any]:
     """Open an input with PyAV; nothing but the input itself can be read through it.
@@ -200,12 +222,13 @@ def inspect_stream(container: Any, opened: OpenSource, stream_index: int, scan: 
 def _walk(container: Any, stream: Any, listing: PacketListing, scan: bool, label: str, warnings: list[str]) -> Any:
     """Demux a stream into ``listing``; decode only until the first frame comes out, and return that frame."""
     first = None
+    decoder = Decoder(stream)
     # Where no frame count is stated, sound tells whether the file was cut off or its pictures just end early.
     others = () if stream.frames else container.streams.audio
     try:
         for packet in container.demux(stream, *others):
             if packet.pts is not None:
-                listing.latest = max(listing.latest, packet.pts * packet.time_base)
+                listing.latest[packet.time_base] = max(packet.pts, listing.latest.get(packet.time_base, packet.pts))
             if packet.stream_index != stream.index:
                 continue
             if packet.size:
@@ -215,14 +238,14 @@ def _walk(container: Any, stream: Any, listing: PacketListing, scan: bool, label
                 if len(listing.pts) == 1 and _is_encrypted(packet):
                     raise VideoError(f"{label} is encrypted (DRM); give a file without copy protection.")
             if first is None:
-                first = next(iter(decode_packet(stream, packet if packet.size else None)), None)
+                first = next(iter(decoder.feed(packet if packet.size else None)), None)
             if first is not None and not scan:
                 break
     except (av.error.FFmpegError, OSError, ValueError) as error:
         listing.complete = False
         warnings.append(f"the file is damaged: reading stopped early ({error_text(error)})")
         if first is None:
-            first = next(iter(decode_packet(stream, None)), None)
+            first = next(iter(decoder.feed(None)), None)
     return first
 
 
@@ -237,7 +260,7 @@ def _doubts(container: Any, opened: OpenSource, facts: StreamFacts, listing: Pac
         doubts.append(f"the header states {facts.header_frames} frames, but {found} are in the file")
     if "matroska" in facts.container and container.duration:
         stated = container.duration / av.time_base
-        present = float(listing.latest)
+        present = max((float(pts * base) for base, pts in listing.latest.items()), default=0.0)
         if stated - present > max(0.5, 0.05 * stated):
             doubts.append(f"the header states {stated:g} s, but the file ends after {present:g} s")
     if facts.container == "gif" and not opened.tail.rstrip(b"\0").endswith(_GIF_TRAILER):
@@ -250,14 +273,6 @@ def _doubts(container: Any, opened: OpenSource, facts: StreamFacts, listing: Pac
 def _is_encrypted(packet: Any) -> bool:
     """Whether a packet carries a key reference; older PyAV cannot tell, and decoding fails there instead."""
     return bool(hasattr(packet, "has_sidedata") and packet.has_sidedata("encryption_info"))
-
-
-def decode_packet(stream: Any, packet: Any) -> list[Any]:
-    """Decode one packet, or with None whatever the decoder still holds; a damaged packet gives no frame."""
-    try:
-        return list(stream.decode(packet))
-    except (av.error.FFmpegError, ValueError, EOFError):
-        return []
 
 
 def _header_duration(container: Any, stream: Any) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from tokensieve.video.container import StreamFacts, open_container
+from tokensieve.video.container import Decoder, StreamFacts, open_container
 from tokensieve.video.convert import Orientation, SizeLimits, to_rgb
 from tokensieve.video.packets import PacketIndex
 from tokensieve.video.source import OpenSource
@@ -129,56 +130,48 @@ def plan_runs(packets: PacketIndex, wanted: NDArray[np.int64], seek_cost: float 
     return runs
 
 
-class _Decoder:
-    """A stream's decoder that survives damaged packets and counts them."""
+class Outcome(Enum):
+    """How fetching frames by their times went."""
 
-    def __init__(self, stream: Any) -> None:
-        stream.thread_type = "AUTO"
-        self.stream = stream
-        self.damaged = 0
-
-    def feed(self, packet: Any) -> list[Any]:
-        """Decode a packet, or with None empty the decoder."""
-        try:
-            return list(self.stream.decode(packet))
-        except (av.error.FFmpegError, ValueError, EOFError):
-            self.damaged += packet is not None
-            return []
+    DONE = auto()
+    UNSEEKABLE = auto()
+    INCOMPLETE = auto()
 
 
 def fetch_by_time(
     opened: OpenSource, facts: StreamFacts, packets: PacketIndex, store: FrameStore, runs: list[Run]
-) -> bool:
+) -> Outcome:
     """Decode the planned runs, recognising frames by their presentation times.
 
     Returns
     -------
-    bool
-        False if a frame is missing or the stream does not keep to its time stamps; the store may then hold
-        some of the frames.
+    Outcome
+        ``UNSEEKABLE`` if the container cannot seek; ``INCOMPLETE`` if a frame is missing or the stream does
+        not keep to its time stamps. The store may then hold some of the frames.
     """
     places = packets.shown[store.wanted]
     with open_container(opened) as container:
         stream = container.streams[facts.index]
-        decoder = _Decoder(stream)
+        stream.thread_type = "AUTO"
+        decoder = Decoder(stream)
         for run in runs:
             source = _packets_from(container, stream, packets, run)
             if source is None:
-                return False
-            due = packets.pts[places[(places >= run.first) & (places <= run.last)]]
+                return Outcome.UNSEEKABLE
+            due = {int(stamp) for stamp in packets.pts[places[(places >= run.first) & (places <= run.last)]]}
             latest = None
-            for frame in _decode_until(decoder, source, {int(stamp) for stamp in due}):
+            for frame in _decode_until(decoder, source, due):
                 if frame.pts is None or (latest is not None and frame.pts <= latest):
-                    return False
+                    return Outcome.INCOMPLETE
                 latest = frame.pts
                 index = packets.index_of(frame.pts)
-                if index is not None:
+                if index is not None and frame.pts in due:
                     store.put(index, frame)
     store.damaged = decoder.damaged
-    return bool(store.filled.all())
+    return Outcome.DONE if store.filled.all() else Outcome.INCOMPLETE
 
 
-def _decode_until(decoder: _Decoder, source: Iterator[Any], due: set[int]) -> Iterator[Any]:
+def _decode_until(decoder: Decoder, source: Iterator[Any], due: set[int]) -> Iterator[Any]:
     """Feed packets until those with the given times are fed and their frames are out."""
     unfed, missing = set(due), set(due)
     for packet in source:
@@ -249,9 +242,8 @@ def fetch_by_place(opened: OpenSource, facts: StreamFacts, store: FrameStore, ca
     keys = array("b")
     with open_container(opened) as container:
         stream = container.streams[facts.index]
-        decoder = _Decoder(stream)
-        if careful:
-            stream.thread_type = "SLICE"
+        stream.thread_type = "SLICE" if careful else "AUTO"
+        decoder = Decoder(stream)
         for packet in chain(demux(container, stream), (None,)):
             for frame in decoder.feed(packet):
                 store.put(len(pts), frame)

@@ -33,7 +33,7 @@ _SIGNATURES = (
     b"P6",
 )
 _IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _MILLISECOND = Fraction(1, 1000)
 # Browsers show frames without a stated time for this long.
 _DEFAULT_MILLISECONDS = 100
@@ -155,7 +155,7 @@ def read_image(
 @contextmanager
 def _open_image(opened: OpenSource) -> Iterator[Image.Image]:
     try:
-        with Image.open(opened.rewound(), formats=_FORMATS) as image:
+        with Image.open(opened.rewound(), formats=_available_formats()) as image:
             if image.width * image.height > MAX_FRAME_PIXELS:
                 raise VideoError(
                     f"{opened.label} has {image.width}x{image.height} pixels, which is too large; scale it down."
@@ -170,6 +170,12 @@ def _open_image(opened: OpenSource) -> Iterator[Image.Image]:
         raise VideoError(f"{opened.label} has too many pixels; scale it down.") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise VideoError(f"{opened.label} is a damaged image ({error}); check that it is complete.") from error
+
+
+def _available_formats() -> list[str]:
+    """Formats of our list that this Pillow was built with."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _durations(image: Image.Image, first: int, count: int) -> tuple[list[int], list[str]]:

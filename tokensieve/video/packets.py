@@ -75,7 +75,7 @@ class PacketListing:
         self.keys, self.hidden = array("b"), array("b")
         self.duration = 0
         self.corrupt = 0
-        self.latest = Fraction(0)
+        self.latest: dict[Fraction, int] = {}
         self.complete = True
 
     def add(self, packet: Any) -> None:

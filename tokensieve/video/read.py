@@ -16,7 +16,7 @@ from tokensieve.video.container import (
     open_container,
 )
 from tokensieve.video.convert import SizeLimits
-from tokensieve.video.decode import FrameStore, Progress, fetch_by_place, fetch_by_time, plan_runs
+from tokensieve.video.decode import FrameStore, Outcome, Progress, fetch_by_place, fetch_by_time, plan_runs
 from tokensieve.video.download import FetchLimits
 from tokensieve.video.image import inspect_image, is_image, read_image
 from tokensieve.video.packets import PacketIndex
@@ -28,6 +28,9 @@ logger = logging.getLogger("tokensieve")
 
 # Files up to this size are listed completely by `probe`; larger ones are described from their header.
 _PROBE_SCAN_BYTES = 256 << 20
+
+# Decoding a damaged stream twice can differ where decoders conceal errors; then what came out last is kept.
+_MOST_PASSES = 3
 
 
 def read_clip(
@@ -182,8 +185,12 @@ def _read_video(
     if packets.by_time:
         selection = _select(request, packets.timeline)
         store = FrameStore(np.unique(selection.indices), facts, size, progress)
-        runs = plan_runs(packets, store.wanted) if seek else plan_runs(packets, store.wanted, float("inf"))
-        if fetch_by_time(opened, facts, packets, store, runs):
+        one_pass = plan_runs(packets, store.wanted, float("inf"))
+        runs = plan_runs(packets, store.wanted) if seek else one_pass
+        outcome = fetch_by_time(opened, facts, packets, store, runs)
+        if outcome is Outcome.UNSEEKABLE:
+            outcome = fetch_by_time(opened, facts, packets, store, one_pass)
+        if outcome is Outcome.DONE:
             return _finish(opened, facts, packets.timeline, selection, store, packets.complete)
     return _read_by_place(opened, facts, packets, request, size, progress)
 
@@ -198,15 +205,15 @@ def _read_by_place(
 ) -> Clip:
     """Decode everything and count; choose anew if the frames are not those that the packets promised."""
     timeline = packets.timeline
-    for _ in range(3):
+    for _ in range(_MOST_PASSES):
         selection = _select(request, timeline)
         store = FrameStore(np.unique(selection.indices), facts, size, progress)
         observed = fetch_by_place(opened, facts, store, careful=packets.by_time)
         if observed is None:
             raise _no_frame(opened.label)
-        if np.array_equal(observed.ticks, timeline.ticks) and np.array_equal(observed.keys, timeline.keys):
-            break
         timeline = observed
+        if store.filled.all() and np.array_equal(_select(request, timeline).indices, selection.indices):
+            break
     return _finish(opened, facts, timeline, selection, store, True)
 
 
