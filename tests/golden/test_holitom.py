@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tokensieve.methods import holitom
+from tokensieve.ops import temporal_merge
 from tokensieve.ops.grid import insert_after, row_ends
 from tokensieve.ops.merge import apply_merge
 from tokensieve.ops.segment import segment_static
@@ -33,12 +33,12 @@ def _check_outer(golden: dict[str, np.ndarray]) -> None:
     segments, reduced = segment_static(similarity, threshold, window)
     assert segments == [tuple(pair) for pair in golden["segments"].tolist()]
     assert reduced == float(golden["total_reduced"])
-    ratio = holitom.adjusted_retention(retention, frames, tokens, reduced)
+    ratio = temporal_merge.adjusted_retention(retention, frames, tokens, reduced)
     np.testing.assert_allclose(ratio, float(golden["adjusted_ratio"]), rtol=0, atol=1e-12)
-    static = holitom.static_patches(similarity, segments, threshold)
+    static = temporal_merge.static_patches(similarity, segments, threshold)
     np.testing.assert_array_equal(static.numpy(), golden["static_mask"])
 
-    merged = holitom.outer_merge(
+    merged = temporal_merge.outer_merge(
         features,
         attention,
         retention,
@@ -68,7 +68,7 @@ def _check_outer(golden: dict[str, np.ndarray]) -> None:
 
 
 def _check_inner(golden: dict[str, np.ndarray]) -> None:
-    kept, hidden = holitom.inner_merge(
+    kept, hidden = temporal_merge.inner_merge(
         torch.from_numpy(golden["hidden_before"]),
         torch.from_numpy(golden["attention_last_token"]),
         int(golden["image_start"]),

@@ -8,7 +8,8 @@ import torch
 from tokensieve.core.layout import Layout
 from tokensieve.core.plan import Plan, reading_order
 from tokensieve.core.sample import TokenSample
-from tokensieve.methods import vidcom2
+from tokensieve.methods.vidcom2 import VidCom2
+from tokensieve.ops import uniqueness
 
 SYSTEM = "vidcom2"
 
@@ -24,18 +25,18 @@ def test_matches_reference(golden: dict[str, np.ndarray]) -> None:
     features = flat.unflatten(0, (-1, tokens))
     frames = features.shape[0]
 
-    channels = vidcom2.low_variance_channels(features)
+    channels = uniqueness.low_variance_channels(features)
     np.testing.assert_array_equal(channels.numpy(), golden["sel_channels"])
-    video_score, frame_score = vidcom2.gaussian_scores(features, channels)
+    video_score, frame_score = uniqueness.gaussian_scores(features, channels)
     _close(video_score, golden["video_score"])
     _close(frame_score, golden["frame_score"])
-    _close(vidcom2.frame_uniqueness(video_score), golden["frame_uniqueness"])
+    _close(uniqueness.frame_uniqueness(video_score), golden["frame_uniqueness"])
 
-    ratios, counts = vidcom2.frame_budget(features, retention)
+    ratios, counts = uniqueness.frame_budget(features, retention)
     _close(ratios, golden["scales"])
     np.testing.assert_array_equal(counts.numpy(), golden["k_per_frame"])
 
-    keep, ratios, counts = vidcom2.select_tokens(features, retention)
+    keep, ratios, counts = uniqueness.select_tokens(features, retention)
     _close(ratios, golden["scales"])
     np.testing.assert_array_equal(counts.numpy(), golden["k_per_frame"])
     np.testing.assert_array_equal((keep % tokens).numpy(), golden["kept_local"])
@@ -60,6 +61,6 @@ def test_method_gives_the_reference_plan(golden: dict[str, np.ndarray]) -> None:
     features = torch.from_numpy(golden["feat"])
     frames = features.shape[0] // tokens
     sample = TokenSample(features, Layout.regular("video", frames, 1, tokens))
-    plan = vidcom2.VidCom2(retention=float(golden["retention"])).run_tokens(sample)
+    plan = VidCom2(retention=float(golden["retention"])).run_tokens(sample)
     np.testing.assert_array_equal((plan.keep % tokens).numpy(), golden["kept_local"])
     np.testing.assert_array_equal(plan.info["frame_count"].numpy(), golden["k_per_frame"])

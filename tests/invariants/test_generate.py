@@ -87,7 +87,7 @@ def test_right_padding_in_plain_forward(loaded: Any, family: str, cutter: str) -
     inputs = tiny.example_inputs(family, processor, batch=2, padding_side="right")
     with torch.no_grad(), tokensieve.compress(model, cutter) as run:
         together = model(**inputs).logits
-        after = [item for item in run.history[-1].after]
+        after = list(run.history[-1].after)
         for row in range(2):
             alone = tiny.example_inputs(family, processor, batch=2, row=row)
             expected = model(**alone).logits[0, -1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokensieve.methods import divprune, hiprune, holitom, vidcom2
+from tokensieve.methods import divprune, hiprune
+from tokensieve.ops import temporal_merge, uniqueness
 from tokensieve.ops.attention import last_query_attention, received_attention
 from tokensieve.ops.diversity import farthest_point
 
@@ -22,8 +23,8 @@ def _clip(frames: int = 6, tokens: int = 64, dim: int = 48) -> torch.Tensor:
 
 
 def test_vidcom2() -> None:
-    keep, ratios, _ = vidcom2.select_tokens(_clip(), 0.25)
-    on_device = vidcom2.select_tokens(_clip().cuda(), 0.25)
+    keep, ratios, _ = uniqueness.select_tokens(_clip(), 0.25)
+    on_device = uniqueness.select_tokens(_clip().cuda(), 0.25)
     assert on_device[0].tolist() == keep.tolist()
     torch.testing.assert_close(on_device[1].cpu(), ratios, rtol=0, atol=1e-5)
 
@@ -40,13 +41,13 @@ def test_divprune(strategy: str) -> None:
 @pytest.mark.parametrize("layout", ["flat", "grid"])
 def test_holitom(layout: str) -> None:
     features, attention = _clip(), torch.rand(6, 64)
-    merged = holitom.outer_merge(features, attention, 0.25, layout=layout)
-    on_device = holitom.outer_merge(features.cuda(), attention.cuda(), 0.25, layout=layout)
+    merged = temporal_merge.outer_merge(features, attention, 0.25, layout=layout)
+    on_device = temporal_merge.outer_merge(features.cuda(), attention.cuda(), 0.25, layout=layout)
     assert on_device.source.tolist() == merged.source.tolist()
     torch.testing.assert_close(on_device.features.cpu(), merged.features, rtol=0, atol=1e-5)
     hidden, row = features.flatten(0, 1), torch.rand(384)
-    kept, new = holitom.inner_merge(hidden, row, 10, 300)
-    kept_device, new_device = holitom.inner_merge(hidden.cuda(), row.cuda(), 10, 300)
+    kept, new = temporal_merge.inner_merge(hidden, row, 10, 300)
+    kept_device, new_device = temporal_merge.inner_merge(hidden.cuda(), row.cuda(), 10, 300)
     assert kept_device.tolist() == kept.tolist()
     torch.testing.assert_close(new_device.cpu(), new, rtol=0, atol=1e-5)
 

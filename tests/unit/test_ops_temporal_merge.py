@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokensieve.errors import MethodError
-from tokensieve.methods import holitom
+from tokensieve.ops import temporal_merge
 from tokensieve.ops.cluster import density_peaks
 from tokensieve.ops.merge import apply_merge
 from tokensieve.ops.segment import segment_static
@@ -69,7 +69,7 @@ def test_outer_merge_equals_the_plain_steps(layout: str, plain_mean: bool, reten
     for seed in range(3):
         features, attention = _scenes(seed=seed)
         expected = _plain_outer(features, attention, retention, plain_mean, layout == "grid")
-        merged = holitom.outer_merge(features, attention, retention, plain_mean=plain_mean, layout=layout)
+        merged = temporal_merge.outer_merge(features, attention, retention, plain_mean=plain_mean, layout=layout)
         assert merged.source.tolist() == [source for source, _ in expected]
         torch.testing.assert_close(merged.features, torch.stack([token for _, token in expected]))
 
@@ -77,7 +77,7 @@ def test_outer_merge_equals_the_plain_steps(layout: str, plain_mean: bool, reten
 def test_merge_map_explains_every_token() -> None:
     features, attention = _scenes()
     for context_ratio in (0.0, 0.4):
-        merged = holitom.outer_merge(features, attention, 0.3, context_ratio=context_ratio)
+        merged = temporal_merge.outer_merge(features, attention, 0.3, context_ratio=context_ratio)
         size = merged.source.numel()
         assert len(set(merged.source.tolist())) == size
         remade = apply_merge(features.flatten(0, 1), merged.merge_map, size)
@@ -93,23 +93,23 @@ def test_white_noise_is_only_pruned() -> None:
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(5, 40, 64, generator=generator)
     attention = torch.rand(5, 40, generator=generator)
-    merged = holitom.outer_merge(features, attention, 0.22)
+    merged = temporal_merge.outer_merge(features, attention, 0.22)
     assert merged.source.numel() == 5 * math.ceil(40 * 0.22)
     assert torch.equal(merged.features, features.flatten(0, 1)[merged.source])
 
 
 def test_constant_video_becomes_one_frame() -> None:
     frame = torch.randn(1, 30, 16, generator=torch.Generator().manual_seed(4))
-    merged = holitom.outer_merge(frame.repeat(8, 1, 1), torch.rand(8, 30), 0.25)
+    merged = temporal_merge.outer_merge(frame.repeat(8, 1, 1), torch.rand(8, 30), 0.25)
     assert merged.source.tolist() == list(range(30))
     torch.testing.assert_close(merged.features, frame[0])
-    assert holitom.adjusted_retention(0.25, 8, 30, 210) == 1.0
+    assert temporal_merge.adjusted_retention(0.25, 8, 30, 210) == 1.0
 
 
 def test_context_tokens_keep_the_count_and_order() -> None:
     features, attention = _scenes()
-    plain = holitom.outer_merge(features, attention, 0.3)
-    context = holitom.outer_merge(features, attention, 0.3, context_ratio=0.5)
+    plain = temporal_merge.outer_merge(features, attention, 0.3)
+    context = temporal_merge.outer_merge(features, attention, 0.3, context_ratio=0.5)
     frames = [(merged.source // 36).bincount(minlength=9).tolist() for merged in (plain, context)]
     assert frames[0] == frames[1]
     # The last frames have no static part: their tokens stay in patch order.
@@ -121,18 +121,18 @@ def test_context_tokens_keep_the_count_and_order() -> None:
 
 def test_outer_merge_keeps_half_precision() -> None:
     features, attention = _scenes()
-    merged = holitom.outer_merge(features.bfloat16(), attention, 0.3)
+    merged = temporal_merge.outer_merge(features.bfloat16(), attention, 0.3)
     assert merged.features.dtype == torch.bfloat16
 
 
 def test_outer_merge_errors() -> None:
     features, attention = _scenes()
     with pytest.raises(MethodError, match="attention"):
-        holitom.outer_merge(features, attention[:, :5], 0.3)
+        temporal_merge.outer_merge(features, attention[:, :5], 0.3)
     with pytest.raises(MethodError, match=r"context_ratio is 1\.5"):
-        holitom.outer_merge(features, attention, 0.3, context_ratio=1.5)
+        temporal_merge.outer_merge(features, attention, 0.3, context_ratio=1.5)
     with pytest.raises(MethodError, match="leaves no token"):
-        holitom.outer_merge(torch.ones(2, 10, 4), torch.rand(2, 10), 0.01)
+        temporal_merge.outer_merge(torch.ones(2, 10, 4), torch.rand(2, 10), 0.01)
 
 
 def _plain_inner(
@@ -156,7 +156,7 @@ def test_inner_merge_equals_the_plain_steps(drop_ratio: float) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, attention = torch.randn(50, 8, generator=generator), torch.rand(50, generator=generator)
     positions, expected = _plain_inner(hidden, attention, 7, 31, drop_ratio)
-    kept, new = holitom.inner_merge(hidden, attention, 7, 31, drop_ratio)
+    kept, new = temporal_merge.inner_merge(hidden, attention, 7, 31, drop_ratio)
     assert kept.tolist() == positions
     torch.testing.assert_close(new, expected, rtol=0, atol=1e-6)
     text = [place for place, position in enumerate(positions) if not 7 <= position < 38]
@@ -166,16 +166,16 @@ def test_inner_merge_equals_the_plain_steps(drop_ratio: float) -> None:
 def test_inner_plan_describes_the_inner_merge() -> None:
     generator = torch.Generator().manual_seed(1)
     visual, scores = torch.randn(40, 8, generator=generator), torch.rand(40, generator=generator)
-    keep, merge_map = holitom.inner_plan(visual, scores, 0.5)
-    _, new = holitom.inner_merge(visual, scores, 0, 40, 0.5)
+    keep, merge_map = temporal_merge.inner_plan(visual, scores, 0.5)
+    _, new = temporal_merge.inner_merge(visual, scores, 0, 40, 0.5)
     torch.testing.assert_close(apply_merge(visual, merge_map, keep.numel()), new)
 
 
 def test_inner_merge_errors() -> None:
     hidden, attention = torch.randn(10, 4), torch.rand(10)
     with pytest.raises(MethodError, match=r"span 5\.\.11"):
-        holitom.inner_merge(hidden, attention, 5, 7)
+        temporal_merge.inner_merge(hidden, attention, 5, 7)
     with pytest.raises(MethodError, match=r"drop_ratio is 1\.0"):
-        holitom.inner_merge(hidden, attention, 2, 5, 1.0)
+        temporal_merge.inner_merge(hidden, attention, 2, 5, 1.0)
     with pytest.raises(MethodError, match=r"states \[T, D\]"):
-        holitom.inner_plan(hidden, attention[:3], 0.5)
+        temporal_merge.inner_plan(hidden, attention[:3], 0.5)

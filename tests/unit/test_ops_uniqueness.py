@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokensieve.errors import MethodError, RetentionError
-from tokensieve.methods import vidcom2
+from tokensieve.ops import uniqueness
 
 
 def _clip(frames: int = 8, tokens: int = 36, dim: int = 24, noise: float = 0.3, seed: int = 0) -> torch.Tensor:
@@ -52,15 +52,15 @@ def _plain(features: np.ndarray, retention: float, similarity: str = "gaussian")
 
 @pytest.mark.parametrize("similarity", ["gaussian", "cosine"])
 @pytest.mark.parametrize(("dim", "retention"), [(24, 0.25), (17, 0.15), (40, 0.6)])
-def test_equals_the_plain_steps(similarity: vidcom2.Similarity, dim: int, retention: float) -> None:
+def test_equals_the_plain_steps(similarity: uniqueness.Similarity, dim: int, retention: float) -> None:
     features = _clip(dim=dim, seed=dim)
     expected = _plain(features.numpy(), retention, similarity)
-    channels = vidcom2.low_variance_channels(features)
+    channels = uniqueness.low_variance_channels(features)
     assert channels.tolist() == expected["channels"].tolist()
-    video, frame = vidcom2.gaussian_scores(features, channels, similarity)
+    video, frame = uniqueness.gaussian_scores(features, channels, similarity)
     np.testing.assert_allclose(video.numpy(), expected["video"], rtol=0, atol=3e-6)
     np.testing.assert_allclose(frame.numpy(), expected["frame"], rtol=0, atol=3e-6)
-    keep, ratios, counts = vidcom2.select_tokens(features, retention, similarity=similarity)
+    keep, ratios, counts = uniqueness.select_tokens(features, retention, similarity=similarity)
     np.testing.assert_allclose(ratios.numpy(), expected["ratios"], rtol=0, atol=1e-5)
     assert counts.tolist() == expected["counts"]
     assert keep.tolist() == expected["keep"]
@@ -70,21 +70,21 @@ def test_near_duplicate_tokens_keep_their_precision() -> None:
     # |y - g|^2 is about 1e-6 here, where a careless expansion of the square would be pure noise.
     features = 5 + _clip(noise=1e-4) * 1e-3
     expected = _plain(features.numpy(), 0.25)
-    video, _ = vidcom2.gaussian_scores(features, torch.from_numpy(expected["channels"]))
+    video, _ = uniqueness.gaussian_scores(features, torch.from_numpy(expected["channels"]))
     np.testing.assert_allclose(video.numpy(), expected["video"], rtol=0, atol=1e-5)
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     features = _clip(frames=7)
-    keep = vidcom2.select_tokens(features, 0.25)[0]
+    keep = uniqueness.select_tokens(features, 0.25)[0]
     monkeypatch.setattr("tokensieve.ops.centre._CPU_BLOCK_BYTES", 3 * 4 * features[0].numel())
-    assert vidcom2.select_tokens(features, 0.25)[0].tolist() == keep.tolist()
+    assert uniqueness.select_tokens(features, 0.25)[0].tolist() == keep.tolist()
 
 
 @pytest.mark.parametrize(("retention", "tokens"), [(0.25, 14), (0.35, 10), (0.25, 196), (0.15, 30)])
 def test_identical_frames_share_equally(retention: float, tokens: int) -> None:
     features = _clip(frames=1, tokens=tokens).repeat(6, 1, 1)
-    _, ratios, counts = vidcom2.select_tokens(features, retention)
+    _, ratios, counts = uniqueness.select_tokens(features, retention)
     assert counts.tolist() == [round(retention * tokens)] * 6
     np.testing.assert_allclose(ratios.numpy(), retention, rtol=1e-4)
 
@@ -92,14 +92,14 @@ def test_identical_frames_share_equally(retention: float, tokens: int) -> None:
 def test_an_unrelated_frame_gets_most() -> None:
     features = _clip(frames=8, tokens=49, noise=0.02)
     features[5] = _clip(frames=1, tokens=49, seed=99)[0]
-    counts = vidcom2.select_tokens(features, 0.25)[2]
+    counts = uniqueness.select_tokens(features, 0.25)[2]
     others = torch.cat((counts[:5], counts[6:]))
     assert int(counts[5]) >= 1.5 * int(others.max())
     assert abs(int(counts.sum()) - 0.25 * 8 * 49) <= 8 / 2 + 1
 
 
 def test_full_retention_keeps_everything() -> None:
-    keep, ratios, counts = vidcom2.select_tokens(_clip(), 1.0)
+    keep, ratios, counts = uniqueness.select_tokens(_clip(), 1.0)
     assert keep.tolist() == list(range(8 * 36))
     assert ratios.tolist() == [1.0] * 8
     assert counts.tolist() == [36] * 8
@@ -108,22 +108,22 @@ def test_full_retention_keeps_everything() -> None:
 @pytest.mark.parametrize("retention", [0.004, 0.1, 0.25, 0.77])
 def test_exact_total(retention: float) -> None:
     features = _clip(frames=9, tokens=50)
-    keep, _, counts = vidcom2.select_tokens(features, retention, exact_total=True)
+    keep, _, counts = uniqueness.select_tokens(features, retention, exact_total=True)
     assert keep.numel() == int(counts.sum()) == max(9, round(retention * 9 * 50))
-    loose = vidcom2.select_tokens(features, retention)[2]
+    loose = uniqueness.select_tokens(features, retention)[2]
     assert int((counts - loose).abs().max()) <= 1
 
 
 def test_one_frame_and_clipped_ratios() -> None:
-    assert vidcom2.frame_ratios(torch.tensor([3.0]), 0.25).tolist() == [0.25]
-    ratios = vidcom2.frame_ratios(torch.tensor([0.0, 0.0, 5.0]), 0.9)
+    assert uniqueness.frame_ratios(torch.tensor([3.0]), 0.25).tolist() == [0.25]
+    ratios = uniqueness.frame_ratios(torch.tensor([0.0, 0.0, 5.0]), 0.9)
     torch.testing.assert_close(ratios, torch.tensor([0.6, 0.6, 1.0]))
 
 
 def test_frame_budget_is_the_budget_of_the_whole_method() -> None:
     features = _clip()
-    _, ratios, counts = vidcom2.select_tokens(features, 0.3, temperature=0.1)
-    budget = vidcom2.frame_budget(features, 0.3, temperature=0.1)
+    _, ratios, counts = uniqueness.select_tokens(features, 0.3, temperature=0.1)
+    budget = uniqueness.frame_budget(features, 0.3, temperature=0.1)
     assert torch.equal(budget[0], ratios)
     assert torch.equal(budget[1], counts)
 
@@ -140,13 +140,13 @@ def test_frame_variants() -> None:
         "negative_min": -score.amin(1),
     }
     for variant, value in expected.items():
-        torch.testing.assert_close(vidcom2.frame_uniqueness(score, variant), value)
+        torch.testing.assert_close(uniqueness.frame_uniqueness(score, variant), value)
     with pytest.raises(MethodError, match="'mean' is unknown"):
-        vidcom2.frame_uniqueness(score, "mean")
+        uniqueness.frame_uniqueness(score, "mean")
 
 
 def test_equal_frames_variant_ignores_content() -> None:
-    counts = vidcom2.select_tokens(_clip(), 0.25, frame_variant="equal")[2]
+    counts = uniqueness.select_tokens(_clip(), 0.25, frame_variant="equal")[2]
     assert counts.tolist() == [9] * 8
 
 
@@ -162,26 +162,26 @@ def test_token_variants() -> None:
         "negative_attention": -attention,
     }
     for variant, value in expected.items():
-        assert torch.equal(vidcom2.token_scores(video, frame, variant, attention), value)
+        assert torch.equal(uniqueness.token_scores(video, frame, variant, attention), value)
     with pytest.raises(MethodError, match="needs attention"):
-        vidcom2.token_scores(video, frame, "attention")
+        uniqueness.token_scores(video, frame, "attention")
     with pytest.raises(MethodError, match="'both' is unknown"):
-        vidcom2.token_scores(video, frame, "both")
+        uniqueness.token_scores(video, frame, "both")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features_are_scored_in_float32(dtype: torch.dtype) -> None:
     features = _clip().to(dtype)
-    assert torch.equal(vidcom2.select_tokens(features, 0.25)[0], vidcom2.select_tokens(features.float(), 0.25)[0])
+    assert torch.equal(uniqueness.select_tokens(features, 0.25)[0], uniqueness.select_tokens(features.float(), 0.25)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("similarity", ["gaussian", "cosine"])
-def test_literal_scores_in_another_precision(dtype: torch.dtype, similarity: vidcom2.Similarity) -> None:
+def test_literal_scores_in_another_precision(dtype: torch.dtype, similarity: uniqueness.Similarity) -> None:
     features = _clip()
-    channels = vidcom2.low_variance_channels(features, dtype)
-    literal = vidcom2.gaussian_scores(features, channels, similarity, dtype)
-    fast = vidcom2.gaussian_scores(features, channels, similarity)
+    channels = uniqueness.low_variance_channels(features, dtype)
+    literal = uniqueness.gaussian_scores(features, channels, similarity, dtype)
+    fast = uniqueness.gaussian_scores(features, channels, similarity)
     tolerance = {torch.float64: 3e-6, torch.float16: 0.01, torch.bfloat16: 0.08}[dtype]
     for score, reference in zip(literal, fast, strict=True):
         assert score.dtype == dtype
@@ -193,7 +193,7 @@ def test_half_precision_scoring_reproduces_the_larger_budget() -> None:
     features[7] = _clip(frames=1, tokens=196, dim=16, seed=5)[0]
     # A low temperature gives all of the surplus to frame 7 in every precision.
     totals = {
-        dtype: int(vidcom2.frame_budget(features, 0.25, temperature=1e-4, score_dtype=dtype)[1].sum())
+        dtype: int(uniqueness.frame_budget(features, 0.25, temperature=1e-4, score_dtype=dtype)[1].sum())
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
     }
     assert totals == {torch.float32: 1553, torch.float16: 1553, torch.bfloat16: 1584}
@@ -202,12 +202,12 @@ def test_half_precision_scoring_reproduces_the_larger_budget() -> None:
 def test_zero_tokens_and_bad_options() -> None:
     features = _clip()
     features[2, :5] = 0
-    assert torch.isfinite(vidcom2.gaussian_scores(features)[0]).all()
+    assert torch.isfinite(uniqueness.gaussian_scores(features)[0]).all()
     with pytest.raises(MethodError, match=r"\(8, 36\)"):
-        vidcom2.select_tokens(features[..., 0], 0.25)
+        uniqueness.select_tokens(features[..., 0], 0.25)
     with pytest.raises(MethodError, match="'dot' is unknown"):
-        vidcom2.select_tokens(features, 0.25, similarity="dot")
+        uniqueness.select_tokens(features, 0.25, similarity="dot")
     with pytest.raises(MethodError, match="temperature is 0"):
-        vidcom2.frame_ratios(torch.zeros(3), 0.25, 0.0)
+        uniqueness.frame_ratios(torch.zeros(3), 0.25, 0.0)
     with pytest.raises(RetentionError):
-        vidcom2.select_tokens(features, 1.5)
+        uniqueness.select_tokens(features, 1.5)
