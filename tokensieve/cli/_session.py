@@ -1,0 +1,187 @@
+"""What the commands that run a model have in common: methods, clip, model, prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokensieve.cli._console import note
+from tokensieve.cli._progress import step
+from tokensieve.core.method import Method
+from tokensieve.core.registry import method_class, parse
+from tokensieve.errors import HostError, MethodError
+
+if TYPE_CHECKING:
+    from tokensieve.prompt import Prompt
+    from tokensieve.video import Clip
+
+
+@dataclass
+class Loaded:
+    """A model ready to run.
+
+    Attributes
+    ----------
+    name
+        What the user called it.
+    random_weights
+        Whether its answers mean nothing.
+    """
+
+    model: Any
+    processor: Any
+    name: str
+    random_weights: bool
+
+
+def parse_methods(
+    text: str, retention: float | None = None, settings: Sequence[str] | None = None, seed: int | None = None
+) -> list[Method]:
+    """Methods from the one-line notation and the options of the command line.
+
+    Parameters
+    ----------
+    text
+        ``name``, ``name:option=value`` or ``a+b``; options written here win.
+    retention
+        For every part that does not state its own.
+    settings
+        ``option=value``, given to the parts that have such an option.
+    seed
+        Given to the parts that draw at random and do not state their own.
+
+    Raises
+    ------
+    MethodError
+        For an unknown method, or an option that no part has.
+    """
+    names = [part.partition(":")[0].strip() for part in text.split("+")]
+    known = [{field.name for field in dataclasses.fields(method_class(name))} for name in names]
+    wanted = dict(_setting(pair) for pair in settings or ())
+    for option in wanted:
+        if not any(option in fields for fields in known):
+            listed = ", ".join(sorted(set().union(*known)))
+            raise MethodError(f"{text} has no option {option!r}; its options are {listed}.")
+    general: dict[str, Any] = {} if retention is None else {"retention": retention}
+    if seed is not None:
+        general["seed"] = seed
+    methods: list[Method] = []
+    for part, fields in zip(text.split("+"), known, strict=True):
+        methods += parse(part, {key: value for key, value in (general | wanted).items() if key in fields})
+    return methods
+
+
+def split_methods(text: str) -> list[str]:
+    """Several methods in the one-line notation, separated by commas or blanks.
+
+    A comma also separates the options of one method, so a piece that is only ``option=value`` belongs to the
+    method before it.
+    """
+    found: list[str] = []
+    for piece in text.replace(",", " ").split():
+        if found and "=" in piece and ":" not in piece.partition("=")[0]:
+            found[-1] += f",{piece}"
+        else:
+            found.append(piece)
+    return found
+
+
+def _setting(pair: str) -> tuple[str, Any]:
+    key, equals, value = pair.partition("=")
+    if not equals or not key.strip():
+        raise MethodError(f"--set takes option=value, not {pair!r}.")
+    try:
+        return key.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return key.strip(), {"True": True, "False": False, "None": None}.get(value.strip(), value.strip())
+
+
+def check_model(name: str | None, methods: Sequence[Method], trust_remote_code: bool = False) -> None:
+    """Raise what is wrong with a model, or between it and the methods, before anything large is loaded."""
+    if name is None:
+        return
+    from tokensieve.core.runtime import Run
+    from tokensieve.hosts.registry import host_for
+    from tokensieve.load import meta_model, read_config
+
+    model = meta_model(read_config(name, trust_remote_code))
+    Run(model, host_for(model), methods)
+
+
+def read_frames(video: str, frames: int, fps: float | None, start: float | None, end: float | None, show: bool) -> Clip:
+    """Read a clip with a progress bar."""
+    from tokensieve.errors import VideoError
+    from tokensieve.video import read_clip
+
+    if frames < 1:
+        raise VideoError(f"--frames must be 1 or more, not {frames}.")
+    with step("reading the video", show) as advance:
+        if fps is None:
+            return read_clip(video, frames, start=start, end=end, progress=advance)
+        return read_clip(video, sampling="fps", fps=fps, max_frames=frames, start=start, end=end, progress=advance)
+
+
+def open_model(
+    name: str | None, dtype: str, device: str, attn: str | None, trust_remote_code: bool, show: bool
+) -> Loaded:
+    """Load a model, or the tiny one of random weights when none is named (and say so)."""
+    from tokensieve.load import load_model, random_weight_model
+
+    with step("loading the model", show):
+        folder: str | Path = random_weight_model() if name is None else name
+        model, processor = load_model(folder, dtype, device, attn, trust_remote_code)
+    random_weights = name is None or (Path(folder).expanduser() / "tiny.json").is_file()
+    if name is None:
+        note("no --model was given, so a tiny LLaVA-OneVision of random weights runs: its answer means nothing.")
+    elif random_weights:
+        note("this model has random weights: its answer means nothing.")
+    return Loaded(model, processor, name or "tiny-random-llava-onevision", random_weights)
+
+
+def make_prompt(loaded: Loaded, clip: Clip, question: str, methods: Sequence[Method]) -> Prompt:
+    """Build the inputs and pass the notes on."""
+    from tokensieve.prompt import build_prompt
+
+    whole_frames = any(method.uniform_views for method in methods)
+    prompt = build_prompt(loaded.processor, clip, question, whole_frames=whole_frames)
+    text = getattr(loaded.model.config, "text_config", loaded.model.config)
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and prompt.tokens > limit:
+        prompt.notes.append(
+            f"the prompt has {prompt.tokens} tokens, more than the {limit} that the model was made for; "
+            "use fewer --frames."
+        )
+    for sentence in prompt.notes:
+        note(sentence)
+    return prompt
+
+
+def check_question(question: str) -> str:
+    """The question itself, or an error when it is blank."""
+    if not question.strip():
+        raise HostError("The question is empty; ask something about the video.")
+    return question
+
+
+def describe_methods(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Names and options for JSON."""
+    return [{"name": method.name, "options": method.options()} for method in methods]
+
+
+def title_of(methods: Sequence[Method]) -> str:
+    """Names joined as in the notation."""
+    return "+".join(method.name for method in methods)
+
+
+def free_memory() -> None:
+    """Give back what an earlier measurement holds on to."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
