@@ -150,8 +150,9 @@ class Planner:
         features = embeds.index_select(0, patch_positions)
         signals = self._signals(item)
         if tokens is not None:
-            encoded = torch.isin(layout.patch_view, item.encoded.frames_kept)
-            signals = {key: value[encoded.to(value.device)] for key, value in signals.items()}
+            assert kept_views is not None
+            kept = torch.isin(layout.patch_view, kept_views)
+            signals = {key: value[kept.to(value.device)] for key, value in signals.items()}
         sample = TokenSample(features, part, signals, self.facts, index=index)
         for number, method in enumerate(self.decoder_methods):
             if method.budget is not None:

@@ -20,6 +20,9 @@ from tokensieve.hosts.towers import PictureTower
 class Host:
     """One model family: module paths, token layout, position scheme, signal providers. Knows no method.
 
+    ``ragged_frames`` says, where the family's own processor leaves tokens out, how to get whole frames;
+    ``drops_frames`` whether frames can be left out before they are encoded.
+
     The paths are relative to the base model (``model.model`` of a ``...ForConditionalGeneration``), which runs
     the encoder, scatters its features over the placeholders and calls the language model.
     """
@@ -35,6 +38,7 @@ class Host:
     vision_tower: ClassVar[str] = "vision_tower"
     drops_frames: ClassVar[bool] = True
     window_attention: ClassVar[bool] = False
+    ragged_frames: ClassVar[str] = ""
     absent: ClassVar[Mapping[str, str]] = {}
 
     def tower(self, base: Any) -> PictureTower:

@@ -138,6 +138,7 @@ class VideoLlama3(_PackedHost):
     title = "VideoLLaMA3"
     model_types = ("video_llama_3",)
     vision_tower = "vision_model"
+    ragged_frames = "build the inputs with use_token_compression=False"
     layout_note = "2 x 2 patches a token in videos, 1 in images; timestamps in the text"
 
     def tower(self, base: Any) -> PackedTower:

@@ -1,0 +1,215 @@
+"""Writes the generated parts of the documentation from class metadata; ``--check`` only compares.
+
+Generated: docs/methods.md, docs/methods/*.md, docs/hosts.md, and the tables between the markers of README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from tokensieve import list_hosts, list_methods, method_class
+from tokensieve.core.method import Method
+from tokensieve.core.signals import SIGNALS
+from tokensieve.hosts import Host, host_class
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "data"
+CONTROLS_LAST = {"exact": 0, "mostly": 0, "inferred": 0, "control": 1}
+
+
+def methods() -> list[type[Method]]:
+    """All methods, controls last."""
+    classes = [method_class(name) for name in list_methods()]
+    return sorted(classes, key=lambda cls: (CONTROLS_LAST[cls.fidelity], cls.name))
+
+
+def hosts() -> list[type[Host]]:
+    """All hosts by slug."""
+    return [host_class(slug) for slug in list_hosts()]
+
+
+def link(cls: type[Method]) -> str:
+    """Title with a link to the paper where there is one."""
+    return f"[{cls.title}]({cls.paper})" if cls.paper else cls.title
+
+
+def golden_cases(cls: type[Method]) -> str:
+    """Number of public reference cases that the tests compare with."""
+    folder = GOLDEN / cls.name
+    return str(len(list(folder.glob("*.npz")))) if folder.is_dir() else "-"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def method_table() -> str:
+    """The short table of the README."""
+    rows = [
+        [
+            f"[`{cls.name}`](docs/methods/{cls.name}.md)",
+            link(cls),
+            cls.venue or "-",
+            ", ".join(cls.stages),
+            cls.kind,
+            cls.fidelity,
+            golden_cases(cls),
+        ]
+        for cls in methods()
+    ]
+    return table(["name", "method", "venue", "stage", "kind", "fidelity", "reference cases"], rows)
+
+
+def host_table(prefix: str = "") -> str:
+    """Families and their token layouts."""
+    rows = [
+        [f"`{cls.slug}`", cls.title, " + ".join(f"{m}s" for m in cls.modalities), cls.layout_note]
+        for cls in hosts()
+    ]
+    return table(["host", "family", "takes", "visual tokens"], rows)
+
+
+def cell(method: type[Method], host: type[Host]) -> tuple[str, str]:
+    """Whether a method runs on a host, and the condition or restriction."""
+    if "frames" in method.stages and "video" not in host.modalities and host.slug != "internvl":
+        return "yes", "pictures have no frames to leave out"
+    if "frames" in method.stages and not host.drops_frames:
+        return "yes", "the frames left out are still encoded"
+    if method.uniform_views and host.ragged_frames:
+        return "yes", host.ragged_frames
+    return "yes", ""
+
+
+def matrix() -> str:
+    """Methods x hosts with numbered notes."""
+    notes: list[str] = []
+    rows = []
+    for method in methods():
+        row = [f"`{method.name}`"]
+        for host in hosts():
+            mark, note = cell(method, host)
+            if note and note not in notes:
+                notes.append(note)
+            row.append(f"{mark} ({notes.index(note) + 1})" if note else mark)
+        rows.append(row)
+    text = table(["method", *(f"`{host.slug}`" for host in hosts())], rows)
+    return text + "\n\n" + "\n".join(f"{i + 1}. {note}." for i, note in enumerate(notes))
+
+
+def signals_of(cls: type[Method]) -> str:
+    """Names of the signals in the source of the class."""
+    source = inspect.getsource(cls)
+    found = [name for name in SIGNALS if name in source]
+    if "decoder" in cls.stages:
+        found.append("decoder.last_query_attention")
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(found)) or "features only"
+
+
+def method_page(cls: type[Method]) -> str:
+    """The page of one method."""
+    options = [
+        [f"`{field.name}`", f"`{field.default!r}`"] for field in dataclasses.fields(cls)
+    ]
+    facts = [
+        ["stage", ", ".join(cls.stages)],
+        ["kind", cls.kind],
+        ["signals", signals_of(cls)],
+        ["count known from geometry", "yes" if cls.exact_count else "no"],
+        ["causal (usable on a stream)", "yes" if cls.causal else "no"],
+        ["takes a frame budget", "yes" if cls.accepts_budget else "no"],
+        ["batch > 1", "yes, rows equal rows alone (tested)"],
+        ["fidelity", cls.fidelity + (f"; {cls.fidelity_note}" if cls.fidelity_note else "")],
+        ["reference cases in the tests", golden_cases(cls)],
+    ]
+    if cls.paper:
+        facts.insert(0, ["paper", f"{cls.paper} ({cls.venue})"])
+        facts.insert(1, ["released code", cls.code])
+    module = cls.__module__.replace(".", "/") + ".py"
+    return "\n".join(
+        [
+            f"# {cls.title} (`{cls.name}`)",
+            "",
+            f"<!-- generated by docs/generate.py from {module} -->",
+            "",
+            *_docstring(cls),
+            "",
+            table(["fact", "value"], facts),
+            "",
+            "```python",
+            f'with tokensieve.compress(model, "{cls.name}", retention={cls().retention:.3g}) as run:',
+            "    out = model.generate(**inputs)",
+            "```",
+            "",
+            "## Options and defaults",
+            "",
+            table(["option", "default"], options),
+            "",
+            f"Source: [`{module}`](../../{module})",
+            "",
+        ]
+    )
+
+
+def _docstring(cls: type[Method]) -> list[str]:
+    """Module and class docstrings as Markdown; numpy sections become lists."""
+    module = inspect.getdoc(sys.modules[cls.__module__]) or ""
+    text = inspect.getdoc(cls) or ""
+    parts = [] if cls.fidelity == "control" else [module, ""]
+    body, _, parameters = text.partition("Parameters\n----------\n")
+    parts += [body.strip()]
+    if parameters:
+        parts += ["", "Parameters:", ""]
+        for line in parameters.splitlines():
+            if line and not line.startswith(" "):
+                parts.append(f"- `{line.strip()}`:")
+            elif line.strip():
+                parts[-1] += " " + line.strip()
+    return [part.replace("``", "`") for part in parts]
+
+
+def pages() -> dict[Path, str]:
+    """Every generated file and its text."""
+    readme = (ROOT / "README.md").read_text()
+    for name, text in {"methods": method_table(), "hosts": host_table()}.items():
+        pattern = rf"(<!-- {name}:begin -->\n).*?(\n<!-- {name}:end -->)"
+        readme = re.sub(pattern, lambda m, text=text: m.group(1) + text + m.group(2), readme, flags=re.S)
+    note = "<!-- generated by docs/generate.py -->\n"
+    found = {
+        ROOT / "README.md": readme,
+        ROOT / "docs" / "methods.md": f"# Methods\n\n{note}\n{method_table().replace('docs/methods/', 'methods/')}\n\n"
+        f"## Which method runs on which host\n\nEvery cell is tested: the invariants of "
+        f"`tests/invariants/test_matrix.py` run over the whole matrix.\n\n{matrix()}\n",
+        ROOT / "docs" / "hosts.md": f"# Hosts\n\n{note}\n{host_table()}\n",
+    }
+    for cls in methods():
+        found[ROOT / "docs" / "methods" / f"{cls.name}.md"] = method_page(cls)
+    return found
+
+
+def main() -> int:
+    """Write, or compare with ``--check``; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail when a file is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for path, text in pages().items():
+        if path.exists() and path.read_text() == text:
+            continue
+        stale.append(path.relative_to(ROOT))
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    for path in stale:
+        print(f"{'out of date' if check else 'written'}: {path}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
