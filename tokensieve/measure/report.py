@@ -19,7 +19,7 @@ from tokensieve.measure.vision import encoder_work
 if TYPE_CHECKING:
     from tokensieve.core.runtime import Run
 
-__all__ = ["Change", "ItemReport", "Report", "Requested", "TokenCounts", "make_report"]
+__all__ = ["Change", "ItemReport", "Report", "Requested", "TokenCounts", "make_report", "tokens_per_layer"]
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def make_report(run: Run) -> Report:
     """
     traces, layers = list(run.history), run.facts.decoder_layers
     items = [_item_report(number, item, layers) for number, trace in enumerate(traces) for item in trace.items]
-    rows = [row for trace in traces for row in _rows(trace, layers)]
+    rows = [row for trace in traces for row in tokens_per_layer(trace, layers)]
     sequence = _NOTHING
     for before, after in rows:
         sequence += TokenCounts(before, after[0], sum(after) / layers, after[-1])
@@ -332,8 +332,22 @@ def _item_report(number: int, item: ItemTrace, layers: int) -> ItemReport:
     )
 
 
-def _rows(trace: PrefillTrace, layers: int) -> list[tuple[int, list[int]]]:
-    """(tokens before, tokens in every layer) of every row of a prefill, padding left out."""
+def tokens_per_layer(trace: PrefillTrace, layers: int) -> list[tuple[int, list[int]]]:
+    """What a prefill really computed.
+
+    Parameters
+    ----------
+    trace : PrefillTrace
+        One prefill of a run.
+    layers : int
+        Number of decoder layers.
+
+    Returns
+    -------
+    list of (int, list of int)
+        For every row: tokens without compression, and tokens in every decoder layer; text and separators
+        included, padding left out.
+    """
     found = []
     for row, (before, after) in enumerate(zip(trace.before, trace.after, strict=True)):
         counts = [after] * layers

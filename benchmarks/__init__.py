@@ -1,0 +1,1 @@
+"""Scripts that produce every figure quoted about speed and memory."""
