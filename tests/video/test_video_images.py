@@ -91,6 +91,23 @@ def test_mirrored_exif_orientation() -> None:
     assert clip.info.mirrored
 
 
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"sampling": "fps", "fps": 3},
+        {"sampling": "keyframe"},
+        {"sampling": "all"},
+        {"sampling": "timestamps", "timestamps": [0.0]},
+        {"start": 0, "end": 2},
+    ],
+)
+def test_every_sampling_takes_the_one_frame(wish: dict[str, Any]) -> None:
+    clip = read_clip(saved(picture(9), "PNG"), **wish)
+    assert (clip.indices.tolist(), clip.info.warnings) == ([0], [])
+    with pytest.raises(VideoError, match="after the end"):
+        read_clip(saved(picture(9), "PNG"), start=1.0)
+
+
 def test_one_pixel_and_scaling() -> None:
     assert read_clip(saved(picture(9, 1, 1), "PNG")).frames.shape == (1, 1, 1, 3)
     assert read_clip(saved(picture(9), "PNG"), longest_edge=32).frames.shape == (1, 24, 32, 3)

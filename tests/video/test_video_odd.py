@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from video_media import decode_all, encode, picture, place_of, sequence, with_display_matrix
 
+from tokensieve.errors import VideoError
 from tokensieve.video import Clip, probe, read_clip
 
 MILLISECOND = Fraction(1, 1000)
@@ -183,3 +186,28 @@ def test_repeated_timestamps_repeat_the_frame() -> None:
     clip = read(encode(sequence(10), options=FINE), sampling="timestamps", timestamps=[0.2, 0.2, 0.55])
     assert clip.indices.tolist() == [2, 2, 5]
     assert places(clip) == [2, 2, 5]
+
+
+def test_stream_that_appears_midway() -> None:
+    """A broadcast recording to which sound is added later."""
+    silent = encode(sequence(20), container="mpegts", options=FINE)
+    both = encode(sequence(20), container="mpegts", options=FINE, audio=True)
+    clip = read_clip(silent + both, 64)
+    assert len(clip) == 40
+    assert np.all(np.diff(clip.timestamps) > 0)
+
+
+def test_cover_of_a_song_is_read_only_as_a_last_resort() -> None:
+    """An MP3 file whose ID3 tag holds a PNG picture."""
+    image = io.BytesIO()
+    Image.fromarray(picture(9)).save(image, "PNG")
+    frame = b"\x00image/png\x00\x03\x00" + image.getvalue()
+    frame = b"APIC" + len(frame).to_bytes(4, "big") + b"\x00\x00" + frame
+    size = len(frame)
+    synchsafe = bytes((size >> shift) & 0x7F for shift in (21, 14, 7, 0))
+    silence = (b"\xff\xfb\x90\xc4" + bytes(413)) * 20
+    clip = read_clip(b"ID3\x03\x00\x00" + synchsafe + frame + silence)
+    assert len(clip) == 1
+    np.testing.assert_array_equal(clip.frames[0], picture(9))
+    with pytest.raises(VideoError, match="no video stream, only audio"):
+        read_clip(silence)

@@ -226,26 +226,25 @@ def _walk(container: Any, stream: Any, listing: PacketListing, scan: bool, label
     # Where no frame count is stated, sound tells whether the file was cut off or its pictures just end early.
     others = () if stream.frames else container.streams.audio
     try:
-        for packet in container.demux(stream, *others):
+        for packet in read_packets(container, stream, *others):
             if packet.pts is not None:
                 listing.latest[packet.time_base] = max(packet.pts, listing.latest.get(packet.time_base, packet.pts))
             if packet.stream_index != stream.index:
                 continue
-            if packet.size:
-                listing.add(packet)
-                if len(listing.pts) > MAX_PACKETS:
-                    raise VideoError(f"{label} has more than {MAX_PACKETS} frames; cut it into parts.")
-                if len(listing.pts) == 1 and _is_encrypted(packet):
-                    raise VideoError(f"{label} is encrypted (DRM); give a file without copy protection.")
+            listing.add(packet)
+            if len(listing.pts) > MAX_PACKETS:
+                raise VideoError(f"{label} has more than {MAX_PACKETS} frames; cut it into parts.")
+            if len(listing.pts) == 1 and _is_encrypted(packet):
+                raise VideoError(f"{label} is encrypted (DRM); give a file without copy protection.")
             if first is None:
-                first = next(iter(decoder.feed(packet if packet.size else None)), None)
+                first = next(iter(decoder.feed(packet)), None)
             if first is not None and not scan:
                 break
     except (av.error.FFmpegError, OSError, ValueError) as error:
         listing.complete = False
         warnings.append(f"the file is damaged: reading stopped early ({error_text(error)})")
-        if first is None:
-            first = next(iter(decoder.feed(None)), None)
+    if first is None:
+        first = next(iter(decoder.feed(None)), None)
     return first
 
 
@@ -273,6 +272,24 @@ def _doubts(container: Any, opened: OpenSource, facts: StreamFacts, listing: Pac
 def _is_encrypted(packet: Any) -> bool:
     """Whether a packet carries a key reference; older PyAV cannot tell, and decoding fails there instead."""
     return bool(hasattr(packet, "has_sidedata") and packet.has_sidedata("encryption_info"))
+
+
+def read_packets(container: Any, *streams: Any) -> Iterator[Any]:
+    """Yield the packets of some streams in storage order, without the empty ones PyAV adds at the end.
+
+    A stream that turns up in the middle of a broadcast recording makes PyAV fail with an IndexError when it comes
+    to those empty packets, after all real ones.
+    """
+    packets = container.demux(*streams)
+    while True:
+        try:
+            packet = next(packets, None)
+        except IndexError:
+            return
+        if packet is None:
+            return
+        if packet.size:
+            yield packet
 
 
 def _header_duration(container: Any, stream: Any) -> float:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import av
 import numpy as np
 from numpy.typing import NDArray
 
@@ -149,11 +150,21 @@ def to_rgb(frame: Any, width: int, height: int) -> NDArray[np.uint8]:
     Returns
     -------
     ndarray [height, width, 3], uint8
+
+    Raises
+    ------
+    VideoError
+        If FFmpeg has no conversion for the pixel format.
     """
     see_through = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
     same_size = (frame.width, frame.height) == (width, height)
     size: dict[str, Any] = {} if same_size else {"width": width, "height": height, "interpolation": "BICUBIC"}
-    pixels: NDArray[np.uint8] = frame.reformat(format="rgba" if see_through else "rgb24", **size).to_ndarray()
+    try:
+        pixels: NDArray[np.uint8] = frame.reformat(format="rgba" if see_through else "rgb24", **size).to_ndarray()
+    except (av.error.FFmpegError, ValueError) as error:
+        raise VideoError(
+            f"pixel format {frame.format.name} cannot be converted to RGB; convert the video to yuv420p first."
+        ) from error
     return on_white(pixels) if see_through else pixels
 
 

@@ -18,7 +18,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from tokensieve.video.container import Decoder, StreamFacts, open_container
+from tokensieve.video.container import Decoder, StreamFacts, open_container, read_packets
 from tokensieve.video.convert import Orientation, SizeLimits, to_rgb
 from tokensieve.video.packets import PacketIndex
 from tokensieve.video.source import OpenSource
@@ -211,10 +211,8 @@ def _packets_from(container: Any, stream: Any, packets: PacketIndex, run: Run) -
 def demux(container: Any, stream: Any) -> Iterator[Any]:
     """Yield the packets of a stream up to its end or the first read error."""
     try:
-        for packet in container.demux(stream):
-            if packet.size:
-                yield packet
-    except (av.error.FFmpegError, OSError):
+        yield from read_packets(container, stream)
+    except (av.error.FFmpegError, OSError, ValueError):
         return
 
 

@@ -78,7 +78,7 @@ def inspect_image(opened: OpenSource) -> ImageFacts:
     VideoError
         If Pillow cannot read it, or it is too large.
     """
-    with _open_image(opened) as image:
+    with _open_image(opened) as image, _reading(opened):
         width, height = image.size
         # An animated PNG may carry a separate still as its first picture, which players do not show.
         first = int(bool(image.info.get("default_image"))) if getattr(image, "n_frames", 1) > 1 else 0
@@ -144,23 +144,22 @@ def read_image(
     frames = np.empty((len(wanted), height, width, 3), dtype=np.uint8)
     with _open_image(opened) as image:
         for slot, index in enumerate(wanted):
-            if len(facts.timeline) > 1:
-                image.seek(int(index) + facts.first)
-            frames[slot] = facts.orientation.apply(_pixels(image, stored))
+            with _reading(opened):
+                if len(facts.timeline) > 1:
+                    image.seek(int(index) + facts.first)
+                frames[slot] = facts.orientation.apply(_pixels(image, stored))
             if progress is not None:
                 progress(slot + 1, len(wanted))
     return frames
 
 
 @contextmanager
-def _open_image(opened: OpenSource) -> Iterator[Image.Image]:
+def _reading(opened: OpenSource) -> Iterator[None]:
+    """Turn whatever a Pillow plug-in raises on damaged data into one sentence."""
     try:
-        with Image.open(opened.rewound(), formats=_available_formats()) as image:
-            if image.width * image.height > MAX_FRAME_PIXELS:
-                raise VideoError(
-                    f"{opened.label} has {image.width}x{image.height} pixels, which is too large; scale it down."
-                )
-            yield image
+        yield
+    except VideoError:
+        raise
     except UnidentifiedImageError as error:
         raise VideoError(
             f"{opened.label} is an image that cannot be read (damaged, or a format such as HEIC); "
@@ -168,8 +167,21 @@ def _open_image(opened: OpenSource) -> Iterator[Image.Image]:
         ) from error
     except Image.DecompressionBombError as error:
         raise VideoError(f"{opened.label} has too many pixels; scale it down.") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise VideoError(f"{opened.label} is a damaged image ({error}); check that it is complete.") from error
+    # The plug-ins keep to no list: OSError, SyntaxError, RuntimeError, struct.error, IndexError were seen.
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise VideoError(f"{opened.label} is a damaged image ({reason}); check that it is complete.") from error
+
+
+@contextmanager
+def _open_image(opened: OpenSource) -> Iterator[Image.Image]:
+    with _reading(opened):
+        image = Image.open(opened.rewound(), formats=_available_formats())
+    with image:
+        if image.width * image.height > MAX_FRAME_PIXELS:
+            size = f"{image.width}x{image.height}"
+            raise VideoError(f"{opened.label} has {size} pixels, which is too large; scale it down.")
+        yield image
 
 
 def _available_formats() -> list[str]:
@@ -185,7 +197,7 @@ def _durations(image: Image.Image, first: int, count: int) -> tuple[list[int], l
         try:
             image.seek(place)
             image.load()
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        except Exception as error:
             if not durations:
                 raise
             return durations, [f"the animation is damaged after {len(durations)} of {count} frames ({error})"]

@@ -145,8 +145,9 @@ def fps_indices(
     begin = (times - start - tolerance) * fps
     begin[0] = min(begin[0], 0.0)
     begin = np.maximum(begin, 0.0)
-    finish = np.append(begin[1:], (stop - start) * fps)
-    finish = np.minimum(finish, max((stop - start) * fps, np.finfo(float).tiny))
+    # A still image lasts no time at all, yet it is on screen at the start.
+    limit = max((stop - start) * fps, float(np.finfo(np.float64).tiny))
+    finish = np.minimum(np.append(begin[1:], limit), limit)
     return np.flatnonzero(np.ceil(begin) < finish).astype(np.int64)
 
 
