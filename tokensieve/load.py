@@ -17,7 +17,15 @@ import torch
 from tokensieve.errors import HostError
 from tokensieve.hosts.registry import host_for_type
 
-__all__ = ["DTYPES", "load_model", "meta_model", "model_type_of", "random_weight_model", "read_config"]
+__all__ = [
+    "DTYPES",
+    "check_weight_files",
+    "load_model",
+    "meta_model",
+    "model_type_of",
+    "random_weight_model",
+    "read_config",
+]
 
 DTYPES: Mapping[str, str] = {
     "auto": "auto",
@@ -32,6 +40,7 @@ DTYPES: Mapping[str, str] = {
 
 _LARGEST_CONFIG = 16 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_KERNEL_NAME = re.compile(r"[a-z0-9_]+")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -70,11 +79,16 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise HostError(f"There is no dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
+    if attn is not None and not _KERNEL_NAME.fullmatch(attn) and not trust_remote_code:
+        raise HostError(
+            f"The attention kernel {attn!r} would be fetched as code; name an installed one such as sdpa or eager, "
+            "or allow remote code."
+        )
     target = _device_of(device)
     config = read_config(name, trust_remote_code)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        _check_weight_files(folder)
+        check_weight_files(folder)
     processor = _load_processor(name, trust_remote_code)
     model = _load_weights(name, config, DTYPES[dtype], target, attn, trust_remote_code)
     return model.eval(), processor
@@ -108,7 +122,9 @@ def read_config(name: str | Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(_location(name), trust_remote_code=trust_remote_code)
     except _library_errors() as error:
-        raise HostError(f"The config.json of {name} cannot be used ({_brief(error)}).") from error
+        raise HostError(
+            f"The config.json of {name} cannot be used ({_brief(error)}); take that of the published checkpoint."
+        ) from error
 
 
 def model_type_of(name: str | Path) -> str:
@@ -156,7 +172,9 @@ def meta_model(config: Any) -> Any:
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config).eval()
     except (ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
-        raise HostError(f"No model can be built from this config.json ({_brief(error)}).") from error
+        raise HostError(
+            f"No model can be built from this config.json ({_brief(error)}); take that of the published checkpoint."
+        ) from error
 
 
 def random_weight_model() -> Path:
@@ -237,8 +255,14 @@ def _fetch_config(name: str) -> Path:
         raise HostError(f"The hub model {name} cannot be fetched ({_brief(error)}).") from error
 
 
-def _check_weight_files(folder: Path) -> None:
-    """Raise HostError unless the folder holds every safetensors file that it should."""
+def check_weight_files(folder: Path) -> None:
+    """Look for the weights of a checkpoint folder without reading them.
+
+    Raises
+    ------
+    HostError
+        Unless the folder holds every safetensors file that it should.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -304,11 +328,17 @@ def _load_weights(
     except torch.OutOfMemoryError as error:
         raise HostError(f"{name} does not fit into the memory of {device}; use --dtype bfloat16.") from error
     except _library_errors() as error:
-        raise HostError(f"The weights of {name} cannot be loaded ({_brief(error)}).") from error
+        if attn is not None and (isinstance(error, ImportError) or "attn_implementation" in str(error)):
+            raise HostError(
+                f"The attention kernel {attn!r} cannot be used here ({_brief(error)}); use sdpa or eager."
+            ) from error
+        raise HostError(
+            f"The weights of {name} cannot be loaded ({_brief(error)}); copy or download the checkpoint again."
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise HostError(
-            f"The weights of {name} are incomplete: {len(missing)} are missing, first {missing[0]}; "
+            f"The weights of {name} are incomplete: {len(missing)} missing, first {missing[0]}; "
             "copy or download the checkpoint again."
         )
     return model

@@ -13,6 +13,7 @@ from tokensieve.cli.ask import ask
 from tokensieve.cli.check import check
 from tokensieve.cli.listing import list_app
 from tokensieve.cli.profiling import profile
+from tokensieve.cli.view import view
 
 __all__ = ["app", "main"]
 
@@ -46,6 +47,7 @@ def _root(
 
 
 app.command("ask")(ask)
+app.command("view")(view)
 app.add_typer(list_app, name="list")
 app.command("check")(check)
 app.command("profile")(profile)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokensieve.cli._console import note
-from tokensieve.cli._progress import step
+from tokensieve.cli._progress import Advance, step
 from tokensieve.core.method import Method
 from tokensieve.core.registry import method_class, parse
 from tokensieve.errors import HostError, MethodError
 
 if TYPE_CHECKING:
+    from tokensieve.cli._generate import Answer
+    from tokensieve.core.runtime import Run
+    from tokensieve.measure.report import Report
     from tokensieve.prompt import Prompt
     from tokensieve.video import Clip
 
@@ -159,6 +163,52 @@ def make_prompt(loaded: Loaded, clip: Clip, question: str, methods: Sequence[Met
     for sentence in prompt.notes:
         note(sentence)
     return prompt
+
+
+def run_methods(
+    loaded: Loaded, inputs: Mapping[str, Any], methods: Sequence[Method], max_new_tokens: int, show: bool
+) -> tuple[Answer, Run]:
+    """Answer with methods attached; the answer and the run, which is detached by then."""
+    from tokensieve import compress
+    from tokensieve.cli._generate import answer
+
+    free_memory()
+    title = f"answering ({title_of(methods)})"
+    with step(title, show) as advance, compress(loaded.model, methods) as run:
+        tick = partial(_tick, advance, max_new_tokens)
+        found = answer(loaded.model, loaded.processor, inputs, max_new_tokens, tick)
+    return found, run
+
+
+def run_plain(loaded: Loaded, inputs: Mapping[str, Any], max_new_tokens: int, show: bool) -> Answer:
+    """Answer with the model as it is, without any hook."""
+    from tokensieve.cli._generate import answer
+
+    free_memory()
+    with step("answering (full model)", show) as advance:
+        tick = partial(_tick, advance, max_new_tokens)
+        return answer(loaded.model, loaded.processor, inputs, max_new_tokens, tick)
+
+
+def _tick(advance: Advance, total: int, done: int) -> None:
+    advance(done, total)
+
+
+def remarks(report: Report) -> list[str]:
+    """Sentences on requests that could not be met to the letter, because a clip or frame keeps a token."""
+    from tokensieve.measure.text import in_percent
+
+    found = []
+    least = min((one.retention for one in report.requested), default=1.0)
+    for item in report.items:
+        frames, patches = len(item.frame_patches), item.patches
+        wanted = least * patches.uncompressed
+        if wanted < frames and patches.last > wanted:
+            found.append(
+                f"a retention of {least:g} is {wanted:.3g} of {patches.uncompressed} tokens, fewer than one for each "
+                f"of {frames} frames; {patches.last} ({in_percent(patches.share('last'))}) were kept."
+            )
+    return list(dict.fromkeys(found))
 
 
 def check_question(question: str) -> str:

@@ -15,7 +15,6 @@ from tokensieve.errors import MethodError
 
 if TYPE_CHECKING:
     from tokensieve.cli._generate import Answer
-    from tokensieve.cli._session import Loaded
     from tokensieve.core.method import Method
     from tokensieve.measure.report import Report
 
@@ -60,10 +59,12 @@ def ask(
             inputs = prompt.on(loaded.model)
         if compare:
             # The first call of a process pays for set-up that neither column should carry.
-            _run(loaded, inputs, methods, 1, show)
-        compressed, report = _run(loaded, inputs, methods, max_new_tokens, show)
-        full = _run_full(loaded, inputs, max_new_tokens, show) if compare else None
-    for sentence in _remarks(report):
+            session.run_methods(loaded, inputs, methods, 1, show)
+        compressed, run = session.run_methods(loaded, inputs, methods, max_new_tokens, show)
+        full = session.run_plain(loaded, inputs, max_new_tokens, show) if compare else None
+    report = run.report
+    remarks = session.remarks(report)
+    for sentence in remarks:
         note(sentence)
     if as_json:
         show_json(
@@ -75,7 +76,7 @@ def ask(
                 "frames": len(clip),
                 "timestamps": clip.timestamps.tolist(),
                 "methods": session.describe_methods(methods),
-                "notes": prompt.notes + _remarks(report) + clip.info.warnings,
+                "notes": prompt.notes + remarks + clip.info.warnings,
                 "compressed": compressed.to_dict() | _tokens(report),
                 "full": None if full is None else full.to_dict() | _tokens(report, full=True),
                 "report": report.to_dict(),
@@ -86,33 +87,6 @@ def ask(
         err.print(Text(_line(compressed, report), style="dim"), soft_wrap=True)
     else:
         out.print(_table(compressed, full, report, methods))
-
-
-def _run(
-    loaded: Loaded, inputs: dict[str, Any], methods: list[Method], max_new_tokens: int, show: bool
-) -> tuple[Answer, Report]:
-    from tokensieve import compress
-    from tokensieve.cli._generate import answer
-    from tokensieve.cli._session import free_memory, title_of
-
-    free_memory()
-    title = f"answering ({title_of(methods)})"
-    with step(title, show) as advance, compress(loaded.model, methods) as run:
-        found = answer(
-            loaded.model, loaded.processor, inputs, max_new_tokens, lambda done: advance(done, max_new_tokens)
-        )
-    return found, run.report
-
-
-def _run_full(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int, show: bool) -> Answer:
-    from tokensieve.cli._generate import answer
-    from tokensieve.cli._session import free_memory
-
-    free_memory()
-    with step("answering (full model)", show) as advance:
-        return answer(
-            loaded.model, loaded.processor, inputs, max_new_tokens, lambda done: advance(done, max_new_tokens)
-        )
 
 
 def _tokens(report: Report, full: bool = False) -> dict[str, Any]:
@@ -126,23 +100,6 @@ def _tokens(report: Report, full: bool = False) -> dict[str, Any]:
         "prompt_tokens": prompt.entered,
         "share": visual.share("last"),
     }
-
-
-def _remarks(report: Report) -> list[str]:
-    """Requests that could not be met to the letter."""
-    from tokensieve.measure.text import in_percent
-
-    found = []
-    for item in report.items:
-        least = min((one.retention for one in report.requested), default=1.0)
-        wanted = least * item.patches.uncompressed
-        frames = len(item.frame_patches)
-        if wanted < frames and item.patches.last > wanted:
-            found.append(
-                f"a retention of {least:g} is {wanted:.3g} of {item.patches.uncompressed} tokens, fewer than one for "
-                f"each of {frames} frames; {item.patches.last} ({in_percent(item.patches.share('last'))}) were kept."
-            )
-    return list(dict.fromkeys(found))
 
 
 def _visual(report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokensieve.cli import _options as options
-from tokensieve.cli._console import out, quiet_transformers, show_json
+from tokensieve.cli._console import note, out, quiet_transformers, show_json
 from tokensieve.cli._progress import step
 from tokensieve.errors import TokensieveError
 
@@ -48,6 +49,7 @@ def check(
             "model_type": built.config.model_type,
             "host": host.slug,
             "title": host.title,
+            "weights": _weights(model),
             "facts": dataclasses.asdict(host.facts(base)),
             "signals": _signals(host, base),
             "methods": _methods(built, host),
@@ -63,6 +65,19 @@ def check(
         if not as_json:
             raise TokensieveError(found["asked"]["reason"])
         raise typer.Exit(2)
+
+
+def _weights(model: str) -> str | None:
+    """What is wrong with the weight files of a folder; None when nothing is, and for the hub."""
+    from tokensieve.load import check_weight_files
+
+    folder = Path(model).expanduser()
+    try:
+        if folder.is_dir():
+            check_weight_files(folder)
+    except TokensieveError as error:
+        return str(error)
+    return None
 
 
 def _signals(host: Any, base: Any) -> list[dict[str, Any]]:
@@ -102,6 +117,8 @@ def _reason(model: Any, host: Any, methods: list[Any]) -> str | None:
 
 def _show(found: dict[str, Any], wanted_only: bool) -> None:
     facts = found["facts"]
+    if found["weights"] is not None:
+        note(found["weights"])
     out.print(
         f"[bold]{escape(found['title'])}[/bold] ({escape(found['model'])}): {facts['decoder_layers']} LLM layers, "
         f"{facts['tower_layers']} encoder layers",
