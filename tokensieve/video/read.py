@@ -192,6 +192,8 @@ def _read_video(
             outcome = fetch_by_time(opened, facts, packets, store, one_pass)
         if outcome is Outcome.DONE:
             return _finish(opened, facts, packets.timeline, selection, store, packets.complete)
+        # Room for a second set of frames is needed now.
+        del store
     return _read_by_place(opened, facts, packets, request, size, progress)
 
 
@@ -225,7 +227,7 @@ def _finish(
     store: FrameStore,
     exact: bool,
 ) -> Clip:
-    """Put a clip together; frames that did not come out are replaced by their nearest neighbour."""
+    """Put a clip together from the frames that came out, and say what was wrong."""
     info = _describe(opened, facts, timeline)
     info.warnings += selection.warnings
     indices, pictures = selection.indices, store.frames
