@@ -1,0 +1,396 @@
+"""UniComp: fuse frames that say the same, then keep the most unique tokens of each and merge their likes.
+
+Based on "UniComp: Rethinking Video Compression Through Informational Uniqueness" (arXiv 2512.03575, CVPR
+2026). Uniqueness is one minus a cosine. Runs of frames close to their first one are averaged (frame group
+fusion), the budget is split by frame uniqueness (token allocation), and inside a fused frame tokens are taken
+from the most to the least unique, each absorbing what lies near it (spatial dynamic compression).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokensieve.core.layout import Layout
+from tokensieve.core.method import Fidelity, Kind, Method, Stage
+from tokensieve.core.plan import Plan, SeparatorRule
+from tokensieve.core.registry import register
+from tokensieve.core.sample import TokenSample
+from tokensieve.errors import MethodError
+from tokensieve.ops.allocate import check_retention
+from tokensieve.ops.cover import greedy_cover
+from tokensieve.ops.merge import MergedTokens, MergeMap, mean_merge
+from tokensieve.ops.similarity import as_float32, unit_vectors
+
+FRAME_RADIUS = 0.005
+TOKEN_RADIUS = 0.2
+_MAX_PAIRS = 16 * 1024 * 1024
+_TIE_GRID = 1e6
+"""Mean similarities are compared in steps of 1e-6, so that equal tokens tie on every processor."""
+
+
+class Compressed(NamedTuple):
+    """Result of `compress`.
+
+    Attributes
+    ----------
+    merged : MergedTokens
+        Output tokens; each stands at its own patch in the first frame of its group.
+    starts : Tensor
+        ``[g]`` first frame of each group of fused frames.
+    budgets : Tensor
+        ``[g]`` tokens allocated to each fused frame before unused places are handed on.
+    kept : Tensor
+        ``[g]`` tokens kept of each fused frame.
+    early : bool
+        Whether fusing frames was enough, so that every fused token is kept.
+    """
+
+    merged: MergedTokens
+    starts: Tensor
+    budgets: Tensor
+    kept: Tensor
+    early: bool
+
+
+def group_frames(
+    features: Tensor, retention: float, radius: float = FRAME_RADIUS, *, automatic: bool = False
+) -> Tensor:
+    """First frame of every group of frames to be fused (step 1).
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[F, N, D]``.
+    retention : float
+        R; a group has at most ``floor(1 / R) + 1`` frames.
+    radius : float
+        Largest uniqueness, one minus the cosine of the mean tokens of a frame and of the first frame of its
+        group, with which the frame joins.
+    automatic : bool
+        No limit to the size of a group.
+
+    Returns
+    -------
+    Tensor
+        ``[g]`` int64 on the CPU, ascending, beginning with 0.
+    """
+    means = unit_vectors(as_float32(features).mean(dim=1))
+    uniqueness: list[list[float]] = (1 - means @ means.T).tolist()
+    most = math.inf if automatic else math.floor(1 / check_retention(retention)) + 1
+    starts = [0]
+    for frame in range(1, len(uniqueness)):
+        if uniqueness[frame][starts[-1]] > radius or frame - starts[-1] >= most:
+            starts.append(frame)
+    return torch.tensor(starts)
+
+
+def fuse_frames(features: Tensor, starts: Tensor) -> Tensor:
+    """Average the frames of each group token by token (step 1).
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[F, N, D]``.
+    starts : Tensor
+        ``[g]`` first frame of each group.
+
+    Returns
+    -------
+    Tensor
+        ``[g, N, D]`` in the dtype of ``features``.
+    """
+    frames = features.shape[0]
+    if starts.numel() == frames:
+        return features
+    first = torch.zeros(frames, dtype=torch.int64)
+    first[starts] = 1
+    group = (first.cumsum(0) - 1).to(features.device)
+    return mean_merge(features.flatten(1), group, starts.numel()).view(-1, *features.shape[1:])
+
+
+def allocate_tokens(frame_vectors: Tensor, budget: int, tokens: int, *, automatic: bool = False) -> Tensor:
+    """Split a budget over the fused frames by their uniqueness (step 3).
+
+    Parameters
+    ----------
+    frame_vectors : Tensor
+        ``[g, d]`` one vector for each fused frame.
+    budget : int
+        Number of tokens B for the whole video.
+    tokens : int
+        N, tokens of a frame.
+    automatic : bool
+        Give every frame ``floor(B / g)``.
+
+    Returns
+    -------
+    Tensor
+        ``[g]`` int64 on the CPU, each at most ``min(N, max(1, 2 floor(B / g)))`` and together at most B. A
+        budget below the number of frames goes to the most unique ones, one token each (ours).
+    """
+    frames = frame_vectors.shape[0]
+    units = unit_vectors(frame_vectors)
+    typical = (units @ units.T).mean(dim=1)
+    share = torch.softmax((typical.mean() - typical) * math.sqrt(frames), dim=0).cpu()
+    cap = min(tokens, max(1, budget // frames * 2))
+    if automatic:
+        counts = torch.full((frames,), budget // frames)
+    elif frames <= budget // cap:
+        counts = torch.full((frames,), cap)
+    else:
+        counts = _capped(share * budget, cap, budget)
+    if not bool(counts.any()):
+        counts[share.sort(descending=True, stable=True).indices[: max(1, budget)]] = 1
+    return counts
+
+
+def _capped(shares: Tensor, cap: int, budget: int) -> Tensor:
+    """Shares rounded down and cut at ``cap``; what that frees goes in equal parts to the frames below it."""
+    counts = shares.floor().long()
+    over = counts > cap
+    counts = counts.clamp_max(cap)
+    while bool(over.any()) and not bool(over.all()):
+        part = max(0, budget - int(counts.sum())) // int((~over).sum())
+        if part == 0:
+            break
+        counts[~over] += part
+        over = counts > cap
+        counts = counts.clamp_max(cap)
+    return counts
+
+
+def cover_tokens(keys: Tensor, radius: float = TOKEN_RADIUS) -> tuple[Tensor, Tensor, Tensor]:
+    """Greedy choice of tokens from the most to the least unique, each dropping what lies near it (step 4).
+
+    Parameters
+    ----------
+    keys : Tensor
+        ``[g, N, d]`` vectors that similarity is measured between.
+    radius : float
+        Uniqueness below which two tokens are near each other.
+
+    Returns
+    -------
+    near : Tensor
+        ``[g, N, N]`` bool.
+    order : Tensor
+        ``[g, N]`` int64 tokens by ascending mean similarity, lowest index first on ties.
+    chosen : Tensor
+        ``[g, N]`` bool.
+    """
+    tokens = keys.shape[1]
+    parts = []
+    for block in keys.split(max(1, _MAX_PAIRS // (tokens * tokens))):
+        units = unit_vectors(block)
+        similarity = units @ units.transpose(1, 2)
+        typical = torch.round(similarity.mean(dim=2) * _TIE_GRID)
+        order = typical.sort(dim=1, stable=True).indices
+        near = similarity.neg_().add_(1).clamp_min_(0) < radius
+        near.diagonal(dim1=1, dim2=2).fill_(radius > 0)
+        parts.append((near, order, greedy_cover(near, order)))
+    nears, orders, chosens = zip(*parts, strict=True)
+    return torch.cat(nears), torch.cat(orders), torch.cat(chosens)
+
+
+def truncate(chosen: Tensor, order: Tensor, budgets: Tensor) -> Tensor:
+    """Cut the chosen tokens of every frame to its budget, the most unique ones first (step 5).
+
+    Parameters
+    ----------
+    chosen, order : Tensor
+        ``[g, N]``, see ``cover_tokens``.
+    budgets : Tensor
+        ``[g]`` int64. Places that some frames leave unused go in equal parts to the others.
+
+    Returns
+    -------
+    Tensor
+        ``[g, N]`` bool.
+    """
+    counts, limit = chosen.sum(dim=1).cpu(), budgets.clone()
+    if int(counts.sum()) > int(limit.sum()):
+        full = counts >= limit
+        slack = int((limit - counts)[~full].sum())
+        limit[full] += slack // max(1, int(full.sum()))
+    ranked = chosen.gather(1, order)
+    stays = ranked & (ranked.cumsum(dim=1) <= limit.to(chosen.device).unsqueeze(1))
+    return torch.zeros_like(chosen).scatter_(1, order, stays)
+
+
+def compress(
+    features: Tensor,
+    retention: float,
+    *,
+    keys: Tensor | None = None,
+    frame_vectors: Tensor | None = None,
+    frame_radius: float = FRAME_RADIUS,
+    token_radius: float = TOKEN_RADIUS,
+    automatic: bool = False,
+    official: bool = False,
+) -> Compressed:
+    """The whole method on one video (steps 1 to 6, without separators).
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[F, N, D]`` projected and pooled patch features.
+    retention : float
+        R, upper bound of the share of tokens that survive; redundant videos keep fewer.
+    keys : Tensor, optional
+        ``[F, N, d]`` vectors for the similarity of tokens, for example encoder keys; the features by default.
+    frame_vectors : Tensor, optional
+        ``[F, d]`` global vectors of the frames; by default the mean tokens of the fused frames.
+    frame_radius, token_radius
+        U_f and U_c, see ``group_frames`` and ``cover_tokens``.
+    automatic : bool
+        Groups without limit and the same budget for all fused frames (AUTO of the released code).
+    official : bool
+        Without ``frame_vectors``, average fused frames over the channels, as the released code does, not over
+        the tokens.
+
+    Returns
+    -------
+    Compressed
+        See there.
+
+    Raises
+    ------
+    RetentionError
+        If the retention is outside (0, 1].
+    MethodError
+        If the features are not ``[F, N, D]``.
+    """
+    if features.dim() != 3:
+        raise MethodError(f"UniComp needs features [F, N, D], but the shape is {tuple(features.shape)}.")
+    frames, tokens, _ = features.shape
+    budget = max(1, math.floor(check_retention(retention) * frames * tokens))
+    starts = group_frames(features, retention, frame_radius, automatic=automatic)
+    anchors = starts.to(features.device)
+    fused = fuse_frames(features, starts)
+    if fused.shape[0] * tokens <= budget and not automatic:
+        budgets = torch.full((fused.shape[0],), tokens)
+        every = torch.ones(fused.shape[:2], dtype=torch.bool, device=features.device)
+        return Compressed(_merged(fused, None, every, starts, frames), starts, budgets, budgets, True)
+    if frame_vectors is not None:
+        vectors = frame_vectors[anchors.to(frame_vectors.device)]
+    else:
+        vectors = as_float32(fused).mean(dim=-1 if official else 1)
+    budgets = allocate_tokens(vectors, budget, tokens, automatic=automatic)
+    near, order, chosen = cover_tokens((features if keys is None else keys)[anchors], token_radius)
+    keep = truncate(chosen, order, budgets)
+    return Compressed(_merged(fused, near, keep, starts, frames), starts, budgets, keep.sum(1).cpu(), False)
+
+
+def _merged(fused: Tensor, near: Tensor | None, keep: Tensor, starts: Tensor, frames: int) -> MergedTokens:
+    """Values of the kept tokens ``[g, N]``: half their own, half the mean of the original tokens near them."""
+    tokens = fused.shape[1]
+    group, patch = keep.nonzero(as_tuple=True)
+    target = torch.arange(group.numel(), device=keep.device)
+    sizes = torch.diff(starts, append=torch.tensor([frames])).to(keep.device)
+    source = starts.to(keep.device)[group] * tokens + patch
+    if near is None:
+        own = torch.ones_like(target, dtype=torch.float32)
+        return MergedTokens(
+            fused.flatten(0, 1), source, _over_groups(target, source, own / sizes[group], sizes[group], tokens)
+        )
+    near_kept = near[group, patch]
+    found = near_kept.sum(dim=1)
+    values = []
+    for members, own, frame in zip(
+        near_kept.split(keep.sum(dim=1).tolist()), patch.split(keep.sum(dim=1).tolist()), fused, strict=True
+    ):
+        work = as_float32(frame)
+        weight = members.to(work.dtype) / members.sum(dim=1, keepdim=True).clamp_min(1)
+        # A radius of 0 leaves a token without neighbours, itself included.
+        mean = torch.where(members.any(dim=1, keepdim=True), weight @ work, work[own])
+        values.append((mean + work[own]) / 2)
+    own_weight = torch.where(found > 0, 0.5, 1.0) / sizes[group]
+    slot, member = near_kept.nonzero(as_tuple=True)
+    member_source = source[slot] - patch[slot] + member
+    member_weight = 0.5 / (found * sizes[group])[slot]
+    merge_map = _over_groups(
+        torch.cat((target, slot)),
+        torch.cat((source, member_source)),
+        torch.cat((own_weight, member_weight)),
+        torch.cat((sizes[group], sizes[group[slot]])),
+        tokens,
+    )
+    return MergedTokens(torch.cat(values).to(fused.dtype), source, merge_map)
+
+
+def _over_groups(target: Tensor, source: Tensor, weight: Tensor, sizes: Tensor, tokens: int) -> MergeMap:
+    """Entries for the first frame of a group, repeated for all frames of the group."""
+    entry = torch.repeat_interleave(torch.arange(target.numel(), device=target.device), sizes)
+    begin = sizes.cumsum(0) - sizes
+    frame = torch.arange(entry.numel(), device=target.device) - begin[entry]
+    return MergeMap(source[entry] + frame * tokens, target[entry], weight[entry].float())
+
+
+@register
+@dataclass
+class UniComp(Method):
+    """UniComp on the features alone; redundant videos keep fewer tokens than the retention allows.
+
+    Parameters
+    ----------
+    frame_radius, token_radius
+        Uniqueness up to which a frame joins a group, and below which a token is absorbed.
+    automatic
+        AUTO of the released code: groups without limit, equal budgets.
+    official
+        Take frame uniqueness from channel averages, as the released code does when it has no global frame
+        vectors.
+    """
+
+    frame_radius: float = FRAME_RADIUS
+    token_radius: float = TOKEN_RADIUS
+    automatic: bool = False
+    official: bool = False
+
+    name: ClassVar[str] = "unicomp"
+    title: ClassVar[str] = "UniComp"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2512.03575"
+    venue: ClassVar[str] = "CVPR 2026"
+    code: ClassVar[str] = "https://github.com/TimeMarker-LLM/UniComp"
+    stages: ClassVar[tuple[Stage, ...]] = ("tokens",)
+    kind: ClassVar[Kind] = "merge"
+    exact_count: ClassVar[bool] = False
+    fidelity: ClassVar[Fidelity] = "mostly"
+    fidelity_note: ClassVar[str] = (
+        "measures similarity between features, a variant of the released code; the published figures use encoder "
+        "keys, a global frame vector, and one separator embedding behind every fused frame"
+    )
+    uniform_views: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.token_radius >= 0:
+            raise MethodError(f"token_radius is {self.token_radius}, but it must be at least 0; published is 0.2.")
+
+    def token_count(self, layout: Layout) -> int | None:
+        """Depends on how redundant the video is."""
+        return None
+
+    def plan_tokens(self, sample: TokenSample) -> Plan:
+        """Steps 1 to 6 on one video (or one picture as a video of one frame)."""
+        result = compress(
+            sample.by_frame,
+            self.retention,
+            frame_radius=self.frame_radius,
+            token_radius=self.token_radius,
+            automatic=self.automatic,
+            official=self.official,
+        )
+        merged, starts = result.merged, result.starts
+        info = {"group_start": starts, "group_budget": result.budgets, "group_count": result.kept}
+        rule: SeparatorRule = "in-place"
+        views = None
+        if sample.layout.kind == "video":
+            # Newlines follow the frames that remain; none are left when fusing frames was enough.
+            rule, views = "after-frame", starts[:0] if result.early else starts
+        return Plan(merged.source, merged.features, merged.merge_map, self.position_policy, rule, views, info)
