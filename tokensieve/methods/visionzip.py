@@ -190,20 +190,20 @@ def compress_frames(
     kept, rest = (part.sort(dim=1).values for part in (ranked[:, :dominant], ranked[:, dominant:]))
     start = (torch.arange(frames, device=device) * patches).unsqueeze(1)
     slots = torch.arange(dominant, device=device).expand(frames, -1)
-    place, source, entry = kept, kept, kept
+    place = entry = kept
     weight = torch.ones_like(kept, dtype=torch.float32)
     rows = features.gather(1, kept.unsqueeze(2).expand(-1, -1, features.shape[2]))
     if contextual:
         targets, slot = assign_context(key_metric, rest, contextual)
         shares = context_weights(slot, contextual, context_merge)
-        # A dense [c, N] weight matrix per frame keeps the sum one batched product.
+        # A dense [c, N] weight matrix per frame makes the sum one batched product, far faster than scattering.
         work = as_float32(features)
         dense = work.new_zeros(frames, contextual * patches)
         dense.scatter_(1, slot * patches + rest, shares.to(work.dtype))
         context = torch.bmm(dense.view(frames, contextual, patches), work)
         rows = torch.cat((rows, context.to(features.dtype)), dim=1)
         place = torch.cat((kept, targets), dim=1)
-        entry, weight = torch.cat((source, rest), dim=1), torch.cat((weight, shares), dim=1)
+        entry, weight = torch.cat((entry, rest), dim=1), torch.cat((weight, shares), dim=1)
         slots = torch.cat((slots, slot + dominant), dim=1)
     if layout == "grid":
         order = place.argsort(dim=1)

@@ -1,0 +1,143 @@
+"""FlowCut's functions: schedule, adaptive counts, smoothing, and the forms without class token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tokensieve.errors import MethodError
+from tokensieve.methods import flowcut
+
+
+def _rows(batch: int = 2, patches: int = 40, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, patches, generator=torch.Generator().manual_seed(seed)).softmax(dim=-1)
+
+
+def _run(flow: flowcut.EncoderFlow, layers: int, attention: torch.Tensor, seed: int = 1) -> list[int]:
+    """Patches left behind every layer, for a fixed attention row over the original patches."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths, row = [], attention
+    for layer in range(layers):
+        batch, count = row.shape
+        semantic = torch.rand(batch, count, generator=generator)
+        keep = flow.step(layer, row, semantic, torch.randn(batch, count, 8, generator=generator))
+        row = row if keep is None else row.gather(1, keep)
+        lengths.append(row.shape[1])
+    return lengths
+
+
+def test_scores_equal_the_plain_steps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    attention, values = torch.rand(2, 12, generator=generator), torch.randn(2, 3, 13, 5, generator=generator)
+    semantic = flowcut.semantic_attention(values)
+    score = flowcut.flow_scores(attention, semantic, values.mean(dim=1)[:, 1:])
+    for b in range(2):
+        likeness = torch.zeros(12)
+        for head in values[b]:
+            weight = [math.exp(float(head[0] @ other)) for other in head]
+            likeness += torch.tensor(weight[1:]) / sum(weight) / 3
+        for j in range(12):
+            length = float(values[b].mean(dim=0)[j + 1].abs().sum())
+            expected = (attention[b, j] / attention[b].sum() + likeness[j] / likeness.sum()) * length
+            torch.testing.assert_close(score[b, j], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_uniform_attention_waits_for_the_last_layer() -> None:
+    uniform = torch.full((3, 40), 1 / 40)
+    assert flowcut.prune_counts(uniform, 10, 8).tolist() == [0, 0, 0]
+    lengths = _run(flowcut.EncoderFlow(8, 9), 12, uniform)
+    assert lengths == [40] * 9 + [8] * 3
+
+
+def test_one_hot_attention_drops_most() -> None:
+    one_hot = torch.zeros(1, 40)
+    one_hot[0, 7] = 1.0
+    counts = {rem: int(flowcut.prune_counts(one_hot, rem, 8)) for rem in (0, 4, 16)}
+    assert counts == {0: 32, 4: 16, 16: 8}
+    assert int(flowcut.prune_counts(one_hot.half(), 4, 8)) == 16
+
+
+def test_counts_stop_at_the_target() -> None:
+    one_hot = torch.zeros(1, 10)
+    one_hot[0, 0] = 1.0
+    assert flowcut.prune_counts(one_hot, 1, 4).tolist() == [6]
+    assert flowcut.prune_counts(one_hot, 3, 10).tolist() == [0]
+    assert flowcut.prune_counts(one_hot, 3, 11).tolist() == [0]
+    with pytest.raises(MethodError, match="prune to 0 patches"):
+        flowcut.prune_counts(one_hot, 3, 0)
+
+
+@pytest.mark.parametrize(("layers", "last", "first"), [(24, 21, 1), (9, 6, 0)])
+def test_every_second_layer_up_to_the_last(layers: int, last: int, first: int) -> None:
+    pruning = [layer for layer in range(layers) if flowcut.is_pruning_layer(layer, last)]
+    assert pruning == list(range(first, last + 1, 2))
+
+
+def test_without_a_surplus_nothing_happens() -> None:
+    flow = flowcut.EncoderFlow(40, 5)
+    assert _run(flow, 8, _rows()) == [40] * 8
+    assert flow.score is None
+    assert flow.idx is not None
+    assert flow.idx.tolist() == [list(range(40))] * 2
+
+
+def test_a_batch_keeps_equally_many_and_the_most_concentrated_decides() -> None:
+    rows = _rows(3)
+    rows[1] = torch.softmax(torch.arange(40.0), dim=0)
+    flow = flowcut.EncoderFlow(6, 9)
+    lengths = _run(flow, 12, rows)
+    assert lengths[-1] == 6
+    alone = flowcut.prune_counts(rows, 8, 6)
+    assert flow.trace[0] == (40, 8, 6, int(alone[1]))
+    assert int(alone[1]) > int(alone[0])
+    assert flow.idx is not None
+    assert bool((flow.idx.diff(dim=1) > 0).all())
+
+
+def test_smoothing_runs_in_layers_that_do_not_prune() -> None:
+    flow = flowcut.EncoderFlow(2, 3)
+    semantic, values = torch.full((1, 6), 0.5), torch.ones(1, 6, 1)
+    first, second = _rows(1, 6, 3), _rows(1, 6, 4)
+    assert flow.step(0, first, semantic, values) is None
+    flow.step(2, second, semantic, values)
+    expected = (first + second) / 2 + 1 / 6
+    torch.testing.assert_close(flow.score, expected, rtol=1e-5, atol=1e-6)
+    keep = flow.step(3, second, semantic, values)
+    ranked = ((first + second) / 4 + 0.5 * second)[0].argsort(descending=True)[:2]
+    assert keep is not None
+    assert keep[0].tolist() == sorted(ranked.tolist())
+
+
+def test_the_form_without_class_token() -> None:
+    generator = torch.Generator().manual_seed(2)
+    q, k = torch.randn(2, 1, 3, 20, 4, generator=generator).unbind()
+    row = flowcut.mean_query_attention(q, k)
+    expected = torch.stack([(k[0, h] @ q[0, h].mean(0) / 2).softmax(0) for h in range(3)]).mean(0)
+    torch.testing.assert_close(row[0], expected)
+    flow = flowcut.EncoderFlow(8, 11, normalise=False)
+    lengths, current = [], row
+    for layer in range(12):
+        keep = flow.step(layer, current, None, torch.ones(1, current.shape[1], 4))
+        current = current if keep is None else current.gather(1, keep)
+        lengths.append(current.shape[1])
+    assert lengths[-1] == 8
+    assert sorted(lengths, reverse=True) == lengths
+
+
+def test_the_decoder_prune_with_grouped_heads() -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = torch.randn(6, 4, generator=generator), *torch.randn(2, 2, 15, 4, generator=generator).unbind()
+    v_last = torch.randn(2, 4, generator=generator)
+    keep = flowcut.select_in_decoder(q, k, v_last, v, 5)
+    wide = [x.repeat_interleave(3, 0) for x in (k, v_last, v)]
+    assert torch.equal(keep, flowcut.select_in_decoder(q, wide[0], wide[1], wide[2], 5))
+    assert flowcut.select_in_decoder(q, k, v_last, v, 99).tolist() == list(range(15))
+    with pytest.raises(MethodError, match="5 query and 2 key heads"):
+        flowcut.select_in_decoder(q[:5], k, v_last, v, 5)
+
+
+def test_bad_shapes() -> None:
+    with pytest.raises(MethodError, match=r"\(2, 40\)"):
+        flowcut.flow_scores(_rows(), None, torch.ones(2, 39, 4))
