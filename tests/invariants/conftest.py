@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from transformers.utils import logging
 
 from tokensieve import list_methods
-from tokensieve.hosts import tiny
+from tokensieve.core.registry import parse
+from tokensieve.hosts import Host, host_for, tiny
 
 OPTIONS = {"none": "", "frame-subsample": ":retention=0.5"}
 """How a method is called in the matrix; every registered method takes part, at retention 0.3 unless named here."""
@@ -52,11 +54,33 @@ def loaded() -> Loaded:
     return get
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@functools.cache
+def _bare(family: str) -> tuple[Host, Any]:
+    """Host and base model of a family, to ask which signals it can give."""
+    model, _ = tiny.build_in_memory(family)
+    return host_for(model), model.base_model
 
 
-@pytest.fixture(params=list(METHODS))
-def method(request: pytest.FixtureRequest) -> str:
-    return METHODS[request.param]
+def fits(method: str, family: str) -> bool:
+    """Whether the host can give every signal that the parts of a method ask for."""
+    host, base = _bare(family)
+    facts = host.facts(base)
+    requests = [text for part in parse(method) for text in part.signals(facts)]
+    return all(host.availability(text.partition("@")[0], base) != "absent" for text in requests)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Cells of the matrix: fitting ones, or for tests that take ``misfit`` the others."""
+    names = set(metafunc.fixturenames)
+    own = {name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")}
+    if {"family", "method"} <= names - own:
+        wanted = "misfit" not in names
+        cells = [(f, METHODS[m], f"{f}-{m}") for f in FAMILIES for m in METHODS if fits(METHODS[m], f) == wanted]
+        metafunc.parametrize(("family", "method"), [cell[:2] for cell in cells], ids=[cell[2] for cell in cells])
+    elif "family" in names - own:
+        metafunc.parametrize("family", FAMILIES)
+
+
+@pytest.fixture
+def misfit() -> None:
+    """Asks for the cells of the matrix that a host cannot serve."""

@@ -118,10 +118,12 @@ def test_detach_restores_and_double_attach_raises(loaded: Any, family: str, meth
 
     reference = state()
     run = tokensieve.attach(model, method)
-    with pytest.raises(tokensieve.TokensieveError, match="already has a method attached"):
-        tokensieve.attach(model, method)
-    logits(model, inputs)
-    run.detach()
+    try:
+        with pytest.raises(tokensieve.TokensieveError, match="already has a method attached"):
+            tokensieve.attach(model, method)
+        logits(model, inputs)
+    finally:
+        run.detach()
     run.detach()
     assert state() == reference
     assert torch.equal(before, logits(model, inputs))
@@ -139,3 +141,10 @@ def test_same_seed_same_plan(loaded: Any, family: str, method: str) -> None:
         kept.append((item.keep, item.decoder))
     assert torch.equal(kept[0][0], kept[1][0])
     assert all(torch.equal(kept[0][1][layer], kept[1][1][layer]) for layer in kept[0][1])
+
+
+def test_cells_that_do_not_fit_say_why(loaded: Any, family: str, method: str, misfit: None) -> None:
+    """No silent proxy: a missing signal is named, with the methods that work on this host."""
+    model, _ = loaded(family)
+    with pytest.raises(tokensieve.TokensieveError, match=r"cannot give: .*methods that work here: .*vidcom2"):
+        tokensieve.compress(model, method)

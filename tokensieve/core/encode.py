@@ -58,3 +58,9 @@ class EncodeCall:
     arguments: Mapping[str, Any]
     items: list[EncodedItem] = field(default_factory=list)
     raw: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def pixel_key(self) -> str:
+        """Name of the argument that holds the pixels; transformers 5.17 calls it alike for both modalities."""
+        names = ("pixel_values_videos", "pixel_values") if self.modality == "video" else ("pixel_values",)
+        return next(name for name in names if name in self.arguments)

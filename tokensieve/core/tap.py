@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokensieve.core.encode import EncodeCall
+from tokensieve.core.encode import EncodeCall, EncodedItem
 from tokensieve.core.layout import ItemKind
 from tokensieve.core.method import Method
 from tokensieve.core.sample import FrameSample
@@ -147,17 +147,25 @@ def _spread(output: Any, call: EncodeCall) -> Any:
 
     The places keep prompt and features the same length; the compactor removes them before the LLM runs.
     """
-    tokens = [item.layout.of_views(item.frames_kept)[1] for item in call.items if item.frames_kept is not None]
+    places = [item.layout.of_views(item.frames_kept)[1] for item in call.items if item.frames_kept is not None]
+
+    def grow(part: Tensor, item: EncodedItem, spots: Tensor) -> Tensor:
+        if part.ndim == 3:
+            assert item.frames_kept is not None
+            frames = part.new_zeros(len(item.layout.views), *part.shape[1:])
+            return frames.index_copy(0, item.frames_kept.to(part.device), part)
+        total = item.layout.tokens
+        if part.shape[0] < spots.numel():
+            # Some versions append the closing separator later, in the composite forward pass.
+            total, spots = total - 1, spots[:-1]
+        tokens = part.new_zeros(total, part.shape[-1])
+        return tokens.index_copy(0, spots.to(part.device), part)
 
     def spread(features: Any) -> Any:
-        full = []
-        for part, item, places in zip(features, call.items, tokens, strict=True):
-            total = item.layout.tokens
-            if part.shape[0] < places.numel():
-                # Some versions append the closing separator later, in the composite forward pass.
-                total, places = total - 1, places[:-1]
-            grown = part.new_zeros(total, part.shape[-1])
-            full.append(grown.index_copy(0, places.to(part.device), part))
+        if isinstance(features, Tensor) and features.ndim == 2:
+            parts = features.split([spots.numel() for spots in places])
+            return torch.cat([grow(*each) for each in zip(parts, call.items, places, strict=True)])
+        full = [grow(*each) for each in zip(features, call.items, places, strict=True)]
         return torch.stack(full) if isinstance(features, Tensor) else type(features)(full)
 
     output.pooler_output = spread(output.pooler_output)

@@ -41,7 +41,7 @@ class InternVL(Host):
     def describe(self, base: Any, call: EncodeCall) -> list[EncodedItem]:
         """Single pictures; `regroup` joins those that one tile mosaic or video consists of."""
         side = self.side(base)
-        count = call.arguments["pixel_values"].shape[0]
+        count = call.arguments[call.pixel_key].shape[0]
         return [EncodedItem(Layout.regular("image", 1, side, side), slice(i, i + 1)) for i in range(count)]
 
     def regroup(

@@ -44,7 +44,7 @@ class _LlavaHost(Host):
         """Videos from the shape of their pixels, images from their sizes."""
         if call.modality == "image":
             return self.describe_images(base, call)
-        videos, frames = call.arguments["pixel_values_videos"].shape[:2]
+        videos, frames = call.arguments[call.pixel_key].shape[:2]
         rows, columns = self.video_grid(base)
         layout = Layout.regular("video", frames, rows, columns, self.video_separators)
         return [EncodedItem(layout, slice(i * frames, (i + 1) * frames)) for i in range(videos)]
@@ -52,7 +52,7 @@ class _LlavaHost(Host):
     def describe_images(self, base: Any, call: EncodeCall) -> list[EncodedItem]:
         """One picture, one grid."""
         side = self.side(base)
-        count = call.arguments["pixel_values"].shape[0]
+        count = call.arguments[call.pixel_key].shape[0]
         return [EncodedItem(Layout.regular("image", 1, side, side), slice(i, i + 1)) for i in range(count)]
 
     def pool(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
@@ -61,9 +61,9 @@ class _LlavaHost(Host):
 
     def with_frames(self, base: Any, call: EncodeCall, keeps: Sequence[Tensor]) -> dict[str, Any]:
         """Fewer frames in ``pixel_values_videos``; all videos of a call have equally many."""
-        pixels = call.arguments["pixel_values_videos"]
+        pixels = call.arguments[call.pixel_key]
         chosen = torch.stack([video[keep.to(pixels.device)] for video, keep in zip(pixels, keeps, strict=True)])
-        return {**call.arguments, "pixel_values_videos": chosen}
+        return {**call.arguments, call.pixel_key: chosen}
 
 
 class _AnyResolutionHost(_LlavaHost):

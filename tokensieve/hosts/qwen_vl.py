@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ class _PackedHost(Host):
     """Families whose encoder takes patches of all pictures in one row, described by (t, h, w) grids."""
 
     vision_tower = "visual"
-    pixel_names: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def tower(self, base: Any) -> PackedTower:
         """Blocks with fused projections and rotary embeddings."""
@@ -54,8 +53,7 @@ class _PackedHost(Host):
 
     def with_frames(self, base: Any, call: EncodeCall, keeps: Sequence[Tensor]) -> dict[str, Any]:
         """Fewer temporal steps in the packed patches and their grids."""
-        name = self.pixel_names[call.modality]
-        pixels, parts, grids = call.arguments[name], [], []
+        pixels, parts, grids = call.arguments[call.pixel_key], [], []
         start = 0
         for (t, h, w), keep in zip(self.grids(call), keeps, strict=True):
             block = pixels[start : start + t * h * w].view(t, h * w, -1)
@@ -64,7 +62,7 @@ class _PackedHost(Host):
             start += t * h * w
         given = call.arguments[f"{call.modality}_grid_thw"]
         grid = torch.tensor(grids, dtype=given.dtype, device=given.device)
-        return {**call.arguments, name: torch.cat(parts), f"{call.modality}_grid_thw": grid}
+        return {**call.arguments, call.pixel_key: torch.cat(parts), f"{call.modality}_grid_thw": grid}
 
 
 class _QwenVL(_PackedHost):
