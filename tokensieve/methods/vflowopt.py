@@ -244,7 +244,7 @@ def prune_and_recycle(
     untouched = stays.nonzero()[:, 0]
     stays[home] = True
     keep = stays.nonzero()[:, 0]
-    place = torch.empty_like(cut, dtype=torch.int64).new_zeros(count)
+    place = torch.zeros(count, dtype=torch.int64, device=cut.device)
     place[keep] = torch.arange(keep.numel(), device=keep.device)
     rows = features[keep]
     rows[place[home]] = recycled
