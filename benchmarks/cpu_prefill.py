@@ -27,7 +27,7 @@ import tokensieve
 from benchmarks.geometry import GEOMETRIES, build, prompt, smoke
 from benchmarks.results import RESULTS, SHARED, machine, median, ratio, show, write
 from benchmarks.stopwatch import Stopwatch, timed
-from tokensieve.core.registry import fitting_methods
+from tokensieve.core.registry import fitting_methods, method_class
 from tokensieve.core.runtime import base_model
 from tokensieve.hosts.registry import host_for
 from tokensieve.measure.memory import PeakMemory
@@ -63,6 +63,12 @@ NOTES = (
     "real towers except how much a method adds to it or saves.",
     "peak memory: resident set of a fresh process that answers one prompt, and how far that is above the loaded model.",
 )
+
+
+def default_methods(model: Any, quick: bool) -> list[str]:
+    """All methods that fit the model; a quick run leaves out the controls except ``random``."""
+    names = fitting_methods(host_for(model), base_model(model))
+    return [name for name in names if not quick or name == "random" or method_class(name).fidelity != "control"]
 
 
 def one_run(model: Any, inputs: dict[str, Any], spec: str, retention: float, new_tokens: int) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def ideal_run(model: Any, length: int, new_tokens: int) -> dict[str, float]:
 
 def measure(
     model: Any, inputs: dict[str, Any], specs: Sequence[str], retention: float, repeats: int, new_tokens: int
-) -> tuple[dict[str, list[dict[str, Any]]], dict[int, list[dict[str, float]]]]:
+) -> tuple[dict[str, list[dict[str, Any]]], dict[int, list[dict[str, float]]], dict[str, str]]:
     """Interleaved runs of the full model, every method, and the bare language model at every length met.
 
     Returns
@@ -118,18 +124,26 @@ def measure(
         Name -> one record per repeat.
     ideals : dict
         Number of tokens -> one record per repeat.
+    failures : dict
+        Method -> why it was left out.
     """
     runs: dict[str, list[dict[str, Any]]] = {spec: [] for spec in (FULL, *specs)}
     ideals: dict[int, list[dict[str, float]]] = {}
+    failures: dict[str, str] = {}
     ideal_run(model, 64, 2)
     for repeat in range(repeats):
-        for spec, found in runs.items():
-            found.append(one_run(model, inputs, spec, retention, new_tokens))
+        for spec, found in list(runs.items()):
+            try:
+                found.append(one_run(model, inputs, spec, retention, new_tokens))
+            except tokensieve.TokensieveError as error:
+                failures[spec] = f"{spec} failed: {error}"
+                del runs[spec]
+                continue
             shown = in_seconds(found[-1]["first"])
             print(f"round {repeat + 1} of {repeats}: {spec} {shown}", file=sys.stderr, flush=True)
         for length in sorted({n for found in runs.values() for n in found[-1].get("layers", ())}):
             ideals.setdefault(length, []).append(ideal_run(model, length, new_tokens))
-    return runs, ideals
+    return runs, ideals, failures
 
 
 def _ideal(layers: Sequence[int], ideals: dict[int, list[dict[str, float]]], what: str) -> float:
@@ -206,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in fresh processes")
-    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--quick", action="store_true", help="one round, published methods and `random`")
     parser.add_argument("--smoke", action="store_true", help="a miniature model: checks the script, measures nothing")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -222,9 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         one_run(model, inputs, arguments.peak_of, arguments.retention, 2)
         print(json.dumps({"peak": memory.read(), "loaded": loaded}))
         return 0
-    specs = arguments.methods or fitting_methods(host_for(model), base_model(model))
+    specs = arguments.methods or default_methods(model, arguments.quick)
     repeats = 1 if arguments.quick else arguments.repeats
-    runs, ideals = measure(model, inputs, specs, arguments.retention, repeats, arguments.new_tokens)
+    runs, ideals, failures = measure(model, inputs, specs, arguments.retention, repeats, arguments.new_tokens)
     del model
     memory_of = {spec: peak_of(spec, arguments) for spec in runs} if arguments.memory else {}
     table, numbers = rows(runs, ideals, memory_of)
@@ -240,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "runs": runs,
         "ideals": ideals,
     }
-    path = write(arguments.output, "cpu_prefill", payload, title, [("", COLUMNS, table)], NOTES)
+    path = write(arguments.output, "cpu_prefill", payload, title, [("", COLUMNS, table)], (*NOTES, *failures.values()))
     print(f"written: {path}")
     return 0
 

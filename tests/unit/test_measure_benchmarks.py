@@ -152,7 +152,7 @@ def test_gpu_cells_report_how_their_process_died(
 def test_cpu_benchmark_compares_with_full_and_ideal(tmp_path: Path) -> None:
     """Every method has the full model and its own ideal in the same table."""
     main = load("cpu_prefill").main
-    command = ["--smoke", "--repeats", "2", "--new-tokens", "3", "--methods", "fastv", "vidcom2"]
+    command = ["--smoke", "--repeats", "2", "--new-tokens", "3", "--methods", "fastv", "no-such-method", "vidcom2"]
     assert main([*command, "--output", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "cpu_prefill.json").read_text())
     runs, ideals, summary = written["runs"], written["ideals"], written["summary"]
@@ -166,6 +166,7 @@ def test_cpu_benchmark_compares_with_full_and_ideal(tmp_path: Path) -> None:
     assert summary["full model"]["first_of_full"] == 1.0
     page = (tmp_path / "cpu_prefill.md").read_text()
     assert "not measured" in page and "torch" in page
+    assert "no-such-method failed: There is no method" in page
 
 
 def test_own_time_covers_every_stage(tmp_path: Path) -> None:
