@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from cli_media import error_line, write_video
 from typer.testing import CliRunner, Result
 
 from tokensieve.cli import app
@@ -61,28 +62,6 @@ def refused(cli: Cli) -> Callable[..., str]:
         return error_line(result.stderr)
 
     return run
-
-
-def error_line(stderr: str) -> str:
-    """The error of a command, checked to be one line with nothing but notes before it."""
-    *notes, last = stderr.rstrip("\n").split("\n")
-    assert last.startswith("error: "), stderr
-    assert all(line.startswith("note: ") for line in notes), stderr
-    return last
-
-
-def write_video(
-    path: Path, count: int = 8, size: tuple[int, int] = (64, 96), options: dict[str, str] | None = None
-) -> Path:
-    """Encode moving shapes at two frames per second."""
-    with av.open(str(path), "w", container_options=options or {}) as output:
-        stream: Any = output.add_stream("libx264", rate=2)
-        stream.height, stream.width = size
-        stream.pix_fmt = "yuv420p"
-        for picture in tiny.synthetic_clip(count, size=size):
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        output.mux(stream.encode(None))
-    return path
 
 
 @pytest.fixture(scope="session")

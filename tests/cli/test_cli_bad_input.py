@@ -84,6 +84,23 @@ def test_unknown_option_names_the_known(refused: Refused, video: Path) -> None:
     assert "option=value" in refused("ask", video, "What?", "--set", "layer")
 
 
+@pytest.mark.parametrize(
+    ("method", "setting", "wanted"),
+    [
+        ("vidcom2", "temperature=hot", "The option temperature of vidcom2 takes float"),
+        ("random", "seed=1.5", "The option seed of random takes int"),
+        ("vidcom2", "similarity=euclidean", "euclidean"),
+        ("uniform", "budget=nothing", "budget"),
+        ("uniform", "positions=3", "positions"),
+    ],
+)
+def test_option_of_another_type(
+    refused: Refused, video: Path, model: Path, method: str, setting: str, wanted: str
+) -> None:
+    for words in (("--method", method, "--set", setting), ("--method", f"{method}:{setting}")):
+        assert wanted in refused("ask", video, "What?", "--model", model, *words, *SHORT)
+
+
 def test_absent_signal_names_methods_that_work(
     refused: Refused, video: Path, model: Path, needs_class_token: str
 ) -> None:

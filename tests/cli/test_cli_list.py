@@ -51,7 +51,9 @@ def test_check_says_what_fits(cli: Any, model: Path) -> None:
     assert signals["encoder.class_attention"]["availability"] == "absent"
     assert "no class token" in signals["encoder.class_attention"]["why"]
     assert [row["method"] for row in found["methods"]] == tokensieve.list_methods()
-    assert all(row["fits"] and row["reason"] is None for row in found["methods"] if row["method"] != "fastv")
+    verdicts = {row["method"]: row["fits"] for row in found["methods"]}
+    assert verdicts["vidcom2"] and verdicts["uniform"] and found["weights"] is None
+    assert all(row["fits"] == (row["reason"] is None) for row in found["methods"])
     table = cli("check", model)
     assert table.exit_code == 0 and "encoder.class_attention" in table.stdout and "vidcom2" in table.stdout
 

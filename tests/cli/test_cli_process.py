@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import error_line
+from cli_media import error_line
 
 COMMAND = (sys.executable, "-m", "tokensieve.cli")
 

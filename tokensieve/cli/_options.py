@@ -52,7 +52,7 @@ Attention = Annotated[
     str | None,
     typer.Option("--attn", help="Attention kernel: sdpa, eager or flash_attention_2.", show_default=False),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of methods that draw at random.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of methods that draw at random.", show_default=False)]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model run code that comes with it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Show no progress bars.")]

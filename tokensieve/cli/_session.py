@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +79,35 @@ def parse_methods(
     methods: list[Method] = []
     for part, fields in zip(text.split("+"), known, strict=True):
         methods += parse(part, {key: value for key, value in (general | wanted).items() if key in fields})
+    for method in methods:
+        _check_types(method)
     return methods
+
+
+def _check_types(method: Method) -> None:
+    """Raise MethodError for an option of another type than the method declares."""
+    hints = typing.get_type_hints(type(method))
+    for field in dataclasses.fields(method):
+        value, hint = getattr(method, field.name), hints[field.name]
+        if not _is_of(value, hint):
+            wanted = field.type if isinstance(field.type, str) else getattr(hint, "__name__", str(hint))
+            raise MethodError(f"The option {field.name} of {method.name} takes {wanted}, not {value!r}.")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; types that cannot be tested here pass."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(value, part) for part in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    return value is None if hint is type(None) else True
 
 
 def split_methods(text: str) -> list[str]:
@@ -105,8 +135,16 @@ def _setting(pair: str) -> tuple[str, Any]:
         return key.strip(), {"True": True, "False": False, "None": None}.get(value.strip(), value.strip())
 
 
-def check_model(name: str | None, methods: Sequence[Method], trust_remote_code: bool = False) -> None:
-    """Raise what is wrong with a model, or between it and the methods, before anything large is loaded."""
+def check_model(name: str | None, *choices: Sequence[Method], trust_remote_code: bool = False) -> None:
+    """Raise what is wrong with a model, or between it and methods, before anything large is loaded.
+
+    Parameters
+    ----------
+    name
+        Folder or hub name; None for the demonstration model.
+    *choices
+        Methods that are to run together, once per choice.
+    """
     if name is None:
         return
     from tokensieve.core.runtime import Run
@@ -114,7 +152,8 @@ def check_model(name: str | None, methods: Sequence[Method], trust_remote_code: 
     from tokensieve.load import meta_model, read_config
 
     model = meta_model(read_config(name, trust_remote_code))
-    Run(model, host_for(model), methods)
+    for methods in choices:
+        Run(model, host_for(model), methods)
 
 
 def read_frames(video: str, frames: int, fps: float | None, start: float | None, end: float | None, show: bool) -> Clip:

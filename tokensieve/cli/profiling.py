@@ -78,7 +78,7 @@ def profile(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attn: options.Attention = None,
-    seed: options.Seed = 0,
+    seed: options.Seed = None,
     trust_remote_code: options.RemoteCode = False,
     as_json: options.Json = False,
     no_progress: options.NoProgress = False,
@@ -93,8 +93,7 @@ def profile(
         columns.append(Column(name, session.parse_methods(name, retention, seed=seed)))
     show = not no_progress
     with quiet_transformers():
-        for column in columns:
-            session.check_model(model, column.methods, trust_remote_code)
+        session.check_model(model, *(column.methods for column in columns), trust_remote_code=trust_remote_code)
         before: dict[str, float] = {}
         begun = time.perf_counter()
         clip = session.read_frames(video or _bundled_clip(), frames, None, None, None, show)

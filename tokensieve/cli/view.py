@@ -38,7 +38,7 @@ def view(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attn: options.Attention = None,
-    seed: options.Seed = 0,
+    seed: options.Seed = None,
     trust_remote_code: options.RemoteCode = False,
     as_json: options.Json = False,
     no_progress: options.NoProgress = False,
@@ -54,7 +54,7 @@ def view(
     methods = session.parse_methods(method, retention, settings, seed)
     show = not no_progress
     with quiet_transformers():
-        session.check_model(model, methods, trust_remote_code)
+        session.check_model(model, methods, trust_remote_code=trust_remote_code)
         clip = session.read_frames(video, frames, fps, start, end, show)
         loaded = session.open_model(model, dtype, device, attn, trust_remote_code, show)
         prompt = session.make_prompt(loaded, clip, question, methods)
