@@ -197,16 +197,23 @@ class Planner:
             raw = item.call.raw.get(str(request))
             if raw is None:
                 raise HostError(f"The encoder gave no {request}; encode inside of the compressed run.")
-            pooled = self.host.pool(self.base, call, source, raw[source.units])
+            pooled = self._pooled(call, source, raw[source.units], request)
             if whole.fewer is not None:
                 assert whole.frames_kept is not None
-                spread = pooled.new_zeros(whole.layout.patches)
+                spread = pooled.new_zeros(whole.layout.patches, *pooled.shape[1:])
                 spread[torch.isin(whole.layout.patch_view, whole.frames_kept).to(pooled.device)] = pooled
                 pooled = spread
             if encoded.present is not None:
                 pooled = pooled[encoded.present.to(pooled.device)]
             signals[str(request)] = pooled
         return signals
+
+    def _pooled(self, call: EncodeCall, item: EncodedItem, raw: Tensor, request: SignalRequest) -> Tensor:
+        """A tower signal brought to the item's tokens, channel by channel where it has channels [n] or [n, d]."""
+        if request.name != "encoder.mean_key":
+            return self.host.pool(self.base, call, item, raw)
+        channels = [self.host.pool(self.base, call, item, channel) for channel in raw.unbind(-1)]
+        return torch.stack(channels, dim=-1)
 
 
 def _onto(plan: Plan, patches: int, tokens: Tensor, all_tokens: Tensor, part_tokens: Tensor) -> Plan:

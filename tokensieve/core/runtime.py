@@ -87,6 +87,7 @@ class Run:
             raise MethodError("This model already has a method attached; detach it first, or compose methods with '+'.")
         setattr(self.model, _MARK, self)
         text = self.host.text_model(self.base)
+        self._signature = inspect.signature(self.base.forward)
         self._tap.attach()
         self._decoder.attach()
         self._handles = [
@@ -136,7 +137,7 @@ class Run:
     # -- the forward pass ------------------------------------------------------------------------------------
 
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
         ids = bound.get("input_ids")
         self._ids = None if ids is None else ids.detach()
         self._arguments = bound | bound.pop("kwargs", {})

@@ -45,6 +45,12 @@ SIGNALS: dict[str, Signal] = {
             "Attention of the class token to a patch in one tower layer, mean over heads, pooled like the features.",
         ),
         Signal(
+            "encoder.mean_key",
+            "encoder",
+            "[n, d]",
+            "Keys of a patch in one tower layer, mean over heads, pooled like the features.",
+        ),
+        Signal(
             "decoder.last_query_attention",
             "decoder",
             "[n]",

@@ -90,7 +90,7 @@ class Host:
             return "absent"
         if name == "encoder.class_attention":
             return "recomputed" if self.tower(base).class_token else "absent"
-        if name in ("encoder.received_attention", "decoder.last_query_attention"):
+        if name in ("encoder.received_attention", "encoder.mean_key", "decoder.last_query_attention"):
             return "recomputed"
         return "native" if name in SIGNALS else "absent"
 
@@ -122,9 +122,7 @@ class Host:
         """Visual items of an encoder call, from the arguments alone."""
         raise HostError(f"{self.slug} does not describe its {call.modality}s.")
 
-    def regroup(
-        self, base: Any, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
-    ) -> list[EncodedItem]:
+    def regroup(self, base: Any, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]) -> list[EncodedItem]:
         """Items as the prompt holds them.
 
         A hook for families that encode video frames as single pictures, or that pass only some tokens on.

@@ -61,9 +61,7 @@ class PictureTower:
             found[part] = norm if isinstance(norm, nn.Module) else getattr(attention, f"{part}_proj")
         return found
 
-    def queries_keys(
-        self, attention: Any, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
-    ) -> QueriesKeys:
+    def queries_keys(self, attention: Any, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> QueriesKeys:
         """Queries and keys of one call from the outputs of the projections."""
         heads = attention.num_heads
         q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (outputs["q"], outputs["k"]))
@@ -73,6 +71,9 @@ class PictureTower:
         """The statistic ``name`` per picture and patch [B, N] (class token column removed)."""
         if name == "encoder.class_attention":
             return class_attention(qk.q, qk.k, scale=qk.scale)[:, 1:]
+        if name == "encoder.mean_key":
+            keys = qk.k.float().mean(dim=1)
+            return keys[:, 1:] if self.class_token else keys
         received = received_attention(qk.q, qk.k, scale=qk.scale)
         return received[:, 1:] if self.class_token else received
 
@@ -107,9 +108,7 @@ class PackedTower(PictureTower):
         fused = getattr(attention, "qkv", None)
         return {"qkv": fused} if isinstance(fused, nn.Module) else super().projections(attention)
 
-    def queries_keys(
-        self, attention: Any, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
-    ) -> QueriesKeys:
+    def queries_keys(self, attention: Any, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> QueriesKeys:
         """Queries and keys with the tower's rotary embedding applied, [1, H, n, d]."""
         heads = attention.num_heads
         if "qkv" in outputs:
@@ -124,4 +123,6 @@ class PackedTower(PictureTower):
 
     def reduce(self, name: str, qk: QueriesKeys) -> Tensor:
         """Sum over the queries of a patch's block [n]; the host divides by the patches of a frame."""
+        if name == "encoder.mean_key":
+            return qk.k.float().mean(dim=1)[0]
         return received_attention(qk.q, qk.k, scale=qk.scale, segments=qk.segments, reduce_queries="sum")[0]

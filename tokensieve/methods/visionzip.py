@@ -4,18 +4,25 @@ Based on "VisionZip: Longer is Better but Not Necessary in Vision Language Model
 2025). Dominant patches stay as they are. Of the others every n-th becomes a contextual token, to which the
 remaining ones are added by the similarity of their keys. Frames are compressed alone and all at once.
 
-The functions take the keys of a tower layer, which the hosts do not hand to methods, so there is no registered
-method of this name.
+Compression happens behind the projector, as in the published video form. The image form merges in front of it,
+so that its contextual tokens differ on CLIP hosts.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tokensieve.core.layout import Layout
+from tokensieve.core.method import Kind, Method, Stage
+from tokensieve.core.plan import Plan
+from tokensieve.core.registry import register
+from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError
+from tokensieve.ops.allocate import keep_count
 from tokensieve.ops.merge import MergedTokens, MergeMap
 from tokensieve.ops.select import top_indices
 from tokensieve.ops.similarity import as_float32, unit_vectors
@@ -294,3 +301,70 @@ def grid_tokens(
     key = torch.cat((place * 2, ends * 2 + 1))
     tokens = torch.cat((merged.features, newline.to(merged.features).expand(ends.numel(), -1)))
     return tokens[key.sort(stable=True).indices]
+
+
+@register
+@dataclass
+class VisionZip(Method):
+    """VisionZip: dominant and contextual tokens of every view.
+
+    Parameters
+    ----------
+    dominant_share
+        Share of the kept tokens that are dominant, 54/64 in the video port.
+    context_merge
+        See `context_weights`.
+    """
+
+    dominant_share: float = DOMINANT_SHARE
+    context_merge: ContextMerge = "added"
+
+    name: ClassVar[str] = "visionzip"
+    title: ClassVar[str] = "VisionZip"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2412.04467"
+    venue: ClassVar[str] = "CVPR 2025"
+    code: ClassVar[str] = "https://github.com/dvlab-research/VisionZip"
+    stages: ClassVar[tuple[Stage, ...]] = ("tokens",)
+    kind: ClassVar[Kind] = "merge"
+    causal: ClassVar[bool] = True
+    uniform_views: ClassVar[bool] = True
+    fidelity_note: ClassVar[str] = (
+        "exact in the video form (LLaVA-OneVision, LLaVA-Video); CLIP hosts merge behind the projector instead of in "
+        "front of it and drop the class token; use on patch-merging towers is inferred"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        split_budget(1, self.dominant_share)
+        if self.context_merge not in get_args(ContextMerge):
+            raise MethodError(f"context merge '{self.context_merge}' is unknown; use 'added' or 'mean'.")
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Attention and keys of the projected layer; the class token's row where there is one."""
+        return self._attention(facts), "encoder.mean_key@feature"
+
+    def _attention(self, facts: HostFacts) -> str:
+        return f"encoder.{'class' if facts.has_class_token else 'received'}_attention@feature"
+
+    def token_count(self, layout: Layout) -> int:
+        """``round(N * retention)`` of every view, at least one."""
+        return sum(keep_count(size, self.retention) for size in layout.patches_per_view.tolist())
+
+    def plan_tokens(self, sample: TokenSample) -> Plan:
+        """Compress all frames at once."""
+        assert sample.facts is not None
+        features = sample.by_frame
+        frames, patches = features.shape[:2]
+        dominant, contextual = split_budget(keep_count(patches, self.retention), self.dominant_share)
+        attention = sample.signal(self._attention(sample.facts)).view(frames, patches)
+        merged = compress_frames(
+            features,
+            attention,
+            sample.signal("encoder.mean_key@feature").view(frames, patches, -1),
+            dominant,
+            min(contextual, patches - dominant),
+            context_merge=self.context_merge,
+            layout="grid" if sample.layout.has_row_separators else "flat",
+        )
+        info = {"token_score": attention.detach().cpu()}
+        return Plan(merged.source, merged.features, merged.merge_map, self.position_policy, info=info)
