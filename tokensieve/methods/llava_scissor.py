@@ -10,7 +10,6 @@ a retention is met, or given.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -24,19 +23,19 @@ from tokensieve.core.registry import register
 from tokensieve.core.sample import TokenSample
 from tokensieve.errors import MethodError
 from tokensieve.ops.allocate import keep_count
-from tokensieve.ops.graph import similarity_components
+from tokensieve.ops.graph import cosine_matrix, matrix_components, similarity_components
 from tokensieve.ops.merge import MergedTokens, MergeMap, mean_merge
-from tokensieve.ops.similarity import as_float32, unit_vectors
+from tokensieve.ops.similarity import UNIT_EPSILON, as_float32, unit_vectors
 
 TAU = 0.9
 """Threshold of the released checkpoint."""
 EPSILON = 0.05
 TOLERANCE = 0.02
-_START = 0.9
+_STEP = 0.05
 _TRIES = 16
-_EXACT_TRIES = 6
-_SKETCH = 256
 _MAX_PAIRS = 4 * 1024 * 1024
+_MAX_COSINES = 128 * 1024 * 1024
+"""Cosines between all tokens of a video are stored during the search up to this number (512 MiB)."""
 
 
 class Regions(NamedTuple):
@@ -48,16 +47,20 @@ class Regions(NamedTuple):
         ``[F, N]`` int64 region of every token inside its frame, counted through the frames.
     joined : Tensor
         ``[n1]`` int64 region of the video that every region of a frame belongs to.
-    means : Tensor
-        ``[n2, D]`` float32 mean of the means of its regions.
     source : Tensor
         ``[n2]`` int64 token ``frame * N + patch`` that stands for each region of the video, ascending.
     """
 
     label: Tensor
     joined: Tensor
-    means: Tensor
     source: Tensor
+
+
+class _Cosines(NamedTuple):
+    """Cosines of all pairs of tokens ``[n, n]`` and their lengths ``[n]``: enough for any threshold."""
+
+    cosine: Tensor
+    norms: Tensor
 
 
 def _sample(graphs: int, nodes: int, epsilon: float, generator: torch.Generator | None) -> Tensor:
@@ -107,7 +110,6 @@ def find_regions(
             f"LLaVA-Scissor needs features [F, N, D] and an epsilon above 0, but got {tuple(features.shape)} and "
             f"{epsilon}."
         )
-    work = as_float32(features)
 
     def components(vectors: Tensor) -> tuple[Tensor, Tensor]:
         sampled = None
@@ -115,11 +117,53 @@ def find_regions(
             sampled = _sample(vectors.shape[0], vectors.shape[1], epsilon, generator).to(vectors.device)
         return similarity_components(unit_vectors(vectors), tau, sampled=sampled)
 
-    label, source = components(work)
-    inside = mean_merge(work.flatten(0, 1), label.flatten(), source.numel())
-    joined, leader = components(inside.unsqueeze(0))
-    means = mean_merge(inside, joined[0], leader.numel())
-    return Regions(label, joined[0], means, source[leader])
+    label, source = components(features)
+    joined, leader = components(_averaged(as_float32(features).flatten(0, 1), label.flatten(), source.numel())[None])
+    return Regions(label, joined[0], source[leader])
+
+
+def _averaged(vectors: Tensor, label: Tensor, count: int) -> Tensor:
+    """Mean of the vectors of each component; they themselves when each is its own component."""
+    return vectors if count == vectors.shape[0] else mean_merge(vectors, label, count)
+
+
+def _sums(rows: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sum of the rows of each group; the order of summation is fixed on every device."""
+    if rows.device.type == "cpu":
+        return rows.new_zeros(groups, rows.shape[1]).index_add_(0, group, rows)
+    return mean_merge(rows, group, groups) * torch.bincount(group, minlength=groups).unsqueeze(1)
+
+
+def _regions_of_cosines(cosines: _Cosines, frames: int, tau: float) -> Regions:
+    """`find_regions` (exact) from cosines: products of means are means of products."""
+    cosine, norms = cosines
+    total = norms.numel()
+    each = torch.arange(frames, device=cosine.device)
+    inside = cosine.view(frames, total // frames, frames, -1)[each, :, each]
+    label, source = matrix_components(inside, tau)
+    between = cosine
+    if source.numel() < total:
+        # A sum has the direction of its mean.
+        half = _sums(cosine * norms.unsqueeze(1), label.flatten(), source.numel())
+        between = _sums(half.T * norms.unsqueeze(1), label.flatten(), source.numel())
+        lengths = between.diagonal().clamp_min(0).sqrt().clamp_min(UNIT_EPSILON)
+        between = (between / lengths).div_(lengths.unsqueeze(1)).clamp_max_(1.0)
+    joined, leader = matrix_components(between.unsqueeze(0), tau)
+    return Regions(label, joined[0], source[leader])
+
+
+def _means(features: Tensor, regions: Regions) -> Tensor:
+    """Mean of the means of the regions ``[n2, D]``, however large each region is (step 2)."""
+    label, joined, source = regions
+    inside = _averaged(as_float32(features).flatten(0, 1), label.flatten(), joined.numel())
+    return _averaged(inside, joined, source.numel())
+
+
+def _shares(regions: Regions) -> tuple[Tensor, Tensor]:
+    """Region of the video that every token belongs to ``[F * N]``, and its weight in the region's mean."""
+    region = regions.label.flatten()
+    target = regions.joined[region]
+    return target, 1.0 / (torch.bincount(region)[region] * torch.bincount(regions.joined)[target])
 
 
 def nearest(features: Tensor, means: Tensor) -> Tensor:
@@ -142,7 +186,16 @@ def nearest(features: Tensor, means: Tensor) -> Tensor:
     return torch.cat([(unit_vectors(block) @ targets).argmax(dim=1) for block in blocks])
 
 
-def merge_regions(features: Tensor, regions: Regions) -> tuple[MergedTokens, Tensor]:
+def _nearest_of_cosines(cosines: _Cosines, regions: Regions, means: Tensor) -> Tensor:
+    """`nearest` from cosines."""
+    target, share = _shares(regions)
+    products = _sums(cosines.cosine * (cosines.norms * share).unsqueeze(1), target, means.shape[0])
+    return products.div_(means.norm(dim=1).clamp_min(UNIT_EPSILON).unsqueeze(1)).argmax(dim=0)
+
+
+def merge_regions(
+    features: Tensor, regions: Regions, *, cosines: _Cosines | None = None
+) -> tuple[MergedTokens, Tensor]:
     """Average every token into the region nearest to it (step 3).
 
     Parameters
@@ -151,6 +204,8 @@ def merge_regions(features: Tensor, regions: Regions) -> tuple[MergedTokens, Ten
         ``[F, N, D]``.
     regions : Regions
         From ``find_regions`` on the same features.
+    cosines : optional
+        Result of a search, saves the products of tokens and regions.
 
     Returns
     -------
@@ -160,46 +215,29 @@ def merge_regions(features: Tensor, regions: Regions) -> tuple[MergedTokens, Ten
     assigned : Tensor
         ``[F * N]`` int64 output that each token went to.
     """
-    flat = features.flatten(0, 1)
-    label, joined, means, source = regions
-    total, outputs = flat.shape[0], source.numel()
-    assigned = nearest(flat, means)
+    flat, outputs = features.flatten(0, 1), regions.source.numel()
+    means = _means(features, regions)
+    assigned = nearest(flat, means) if cosines is None else _nearest_of_cosines(cosines, regions, means)
     counts = torch.bincount(assigned, minlength=outputs)
     sums = mean_merge(as_float32(flat), assigned, outputs) * counts.unsqueeze(1)
     values = (means + sums) / (counts + 1).unsqueeze(1)
-    region = label.flatten()
-    target = joined[region]
-    share = 1.0 / (torch.bincount(region)[region] * torch.bincount(joined)[target] * (counts[target] + 1))
-    token = torch.arange(total, device=flat.device)
+    target, share = _shares(regions)
+    token = torch.arange(flat.shape[0], device=flat.device)
     merge_map = MergeMap(
         torch.cat((token, token)),
         torch.cat((target, assigned)),
-        torch.cat((share, 1.0 / (counts[assigned] + 1))).float(),
+        torch.cat((share / (counts[target] + 1), 1.0 / (counts[assigned] + 1))).float(),
     )
-    return MergedTokens(values.to(features.dtype), source, merge_map), assigned
+    return MergedTokens(values.to(features.dtype), regions.source, merge_map), assigned
 
 
-def _tune(
-    count: Callable[[float], int], target: int, tau: float, step: float, tries: int, slack: tuple[float, float]
-) -> dict[float, int]:
-    """Thresholds tried and their counts: steps that double until the target is bracketed, then bisection."""
-    low, high, tried = -1.0, 1.0, dict[float, int]()
-    while len(tried) < tries:
-        tried[tau] = count(tau)
-        if target - slack[0] <= tried[tau] <= target + slack[1]:
-            break
-        if tried[tau] < target:
-            low = tau
-        else:
-            high = tau
-        beyond = tau + step if tried[tau] < target else tau - step
-        step *= 2
-        tau = beyond if low < beyond < high else (low + high) / 2
-    return tried
+def search_regions(
+    features: Tensor, retention: float, *, tolerance: float = TOLERANCE, cap: bool = False
+) -> tuple[float, MergedTokens]:
+    """Choose the threshold so that about ``retention * F * N`` tokens remain (ours).
 
-
-def threshold_for(features: Tensor, retention: float, *, tolerance: float = TOLERANCE, cap: bool = False) -> float:
-    """Threshold at which about ``retention * F * N`` tokens remain (ours).
+    The search starts at the published threshold, takes steps that double until the target is bracketed, and
+    then bisects.
 
     Parameters
     ----------
@@ -209,39 +247,46 @@ def threshold_for(features: Tensor, retention: float, *, tolerance: float = TOLE
         In (0, 1].
     tolerance : float
         Relative deviation of the count with which the search ends. Counts jump where components explode, so
-        the deviation that remains can be larger.
+        the deviation that remains after 16 thresholds can be larger.
     cap : bool
         Never end above the target.
 
     Returns
     -------
-    float
-        The threshold whose count is nearest to the target among those tried; -1.01, which leaves one token,
-        if ``cap`` allows no other.
-
-    Notes
-    -----
-    Wide features are first searched with 256 random projections (seeded), which needs a fraction of the
-    products, and only the last few steps look at the features themselves.
+    tau : float
+        The threshold whose count is nearest to the target among those tried. Below -1, which leaves one
+        token, if ``cap`` allows no other.
+    merged : MergedTokens
+        The result with that threshold.
     """
-    frames, tokens, dim = features.shape
-    target = keep_count(frames * tokens, retention)
-    slack = tolerance * target
+    frames, total = features.shape[0], features.shape[0] * features.shape[1]
+    target = keep_count(total, retention)
+    cosines: _Cosines | None = None
+    if total * total <= _MAX_COSINES:
+        flat = as_float32(features).flatten(0, 1)
+        cosines = _Cosines(cosine_matrix(unit_vectors(flat)), flat.norm(dim=1))
 
-    def count_of(vectors: Tensor) -> Callable[[float], int]:
-        return lambda tau: find_regions(vectors, tau).source.numel()
+    def regions_at(tau: float) -> Regions:
+        return find_regions(features, tau) if cosines is None else _regions_of_cosines(cosines, frames, tau)
 
-    tau, step, tries = _START, 0.05, _TRIES
-    if dim > _SKETCH:
-        generator = torch.Generator().manual_seed(0)
-        projection = torch.randn(dim, _SKETCH, generator=generator).to(features.device)
-        sketched = _tune(count_of(as_float32(features) @ projection), target, tau, step, tries, (slack, slack))
-        tau = min(sketched, key=lambda t: abs(sketched[t] - target))
-        step, tries = 0.005, _EXACT_TRIES
-    exact = _tune(count_of(features), target, tau, step, tries, (slack, 0.0 if cap else slack))
-    if cap:
-        exact = {t: n for t, n in exact.items() if n <= target} or {-1.01: 1}
-    return min(exact, key=lambda t: (abs(exact[t] - target), exact[t]))
+    low, high, tau, step = -1.0, 1.0, TAU, _STEP
+    best: tuple[float, Regions] | None = None
+    for _ in range(_TRIES):
+        regions = regions_at(tau)
+        count = regions.source.numel()
+        if not (cap and count > target) and (
+            best is None or abs(count - target) < abs(best[1].source.numel() - target)
+        ):
+            best = tau, regions
+        if abs(count - target) <= tolerance * target and not (cap and count > target):
+            break
+        too_few = count < target
+        low, high = (tau, high) if too_few else (low, tau)
+        beyond = tau + step if too_few else tau - step
+        tau = beyond if low < beyond < high else (low + high) / 2
+        step *= 2
+    best = best or (-1.01, regions_at(-1.01))
+    return best[0], merge_regions(features, best[1], cosines=cosines)[0]
 
 
 @register
@@ -254,7 +299,7 @@ class LLaVAScissor(Method):
     tau
         Threshold, as in the paper (0.9 in the released checkpoint); the retention then only matters at 1.
     approximate, epsilon, seed
-        Sampled components of the released code, see `find_regions`; exact ones by default.
+        Sampled components of the released code, see `find_regions`; exact ones by default. Needs ``tau``.
     cap
         Never keep more than the retention allows.
     """
@@ -283,6 +328,11 @@ class LLaVAScissor(Method):
         super().__post_init__()
         if not self.epsilon > 0:
             raise MethodError(f"epsilon is {self.epsilon}, but it must be above 0; the published value is 0.05.")
+        if self.approximate and self.tau is None:
+            raise MethodError(
+                "approximate components would make the search for a threshold random; give tau as well, for "
+                f"example tau={TAU}."
+            )
 
     def token_count(self, layout: Layout) -> int | None:
         """Depends on the content."""
@@ -291,11 +341,21 @@ class LLaVAScissor(Method):
     def plan_tokens(self, sample: TokenSample) -> Plan:
         """Steps 1 to 3 on one video (or one picture as a video of one frame)."""
         features = sample.by_frame
-        tau = threshold_for(features, self.retention, cap=self.cap) if self.tau is None else self.tau
-        generator = torch.Generator().manual_seed(self.seed + sample.index)
-        regions = find_regions(features, tau, approximate=self.approximate, epsilon=self.epsilon, generator=generator)
-        merged, _ = merge_regions(features, regions)
-        info = {"tau": tau, "frame_regions": regions.joined.numel()}
+        if self.tau is None:
+            tau, merged = search_regions(features, self.retention, cap=self.cap)
+        else:
+            tau, generator = self.tau, torch.Generator().manual_seed(self.seed + sample.index)
+            regions = find_regions(
+                features, tau, approximate=self.approximate, epsilon=self.epsilon, generator=generator
+            )
+            merged, _ = merge_regions(features, regions)
         # The released code forces a flat layout: no newline between frames or rows of a video.
         views = torch.zeros(0, dtype=torch.int64) if sample.layout.kind == "video" else None
-        return Plan(merged.source, merged.features, merged.merge_map, self.position_policy, views=views, info=info)
+        return Plan(
+            merged.source,
+            merged.features,
+            merged.merge_map,
+            self.position_policy,
+            views=views,
+            info={"tau": tau},
+        )

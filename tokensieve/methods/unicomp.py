@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,18 +19,22 @@ from tokensieve.core.layout import Layout
 from tokensieve.core.method import Fidelity, Kind, Method, Stage
 from tokensieve.core.plan import Plan, SeparatorRule
 from tokensieve.core.registry import register
-from tokensieve.core.sample import TokenSample
+from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError
 from tokensieve.ops.allocate import check_retention
 from tokensieve.ops.cover import greedy_cover
-from tokensieve.ops.merge import MergedTokens, MergeMap, mean_merge
+from tokensieve.ops.frame_groups import fuse_frames, over_frames
+from tokensieve.ops.merge import MergedTokens, MergeMap
 from tokensieve.ops.similarity import as_float32, unit_vectors
 
 FRAME_RADIUS = 0.005
 TOKEN_RADIUS = 0.2
+KEYS = "encoder.mean_key@feature"
 _MAX_PAIRS = 16 * 1024 * 1024
 _TIE_GRID = 1e6
 """Mean similarities are compared in steps of 1e-6, so that equal tokens tie on every processor."""
+
+Metric = Literal["keys", "features"]
 
 
 class Compressed(NamedTuple):
@@ -87,30 +91,6 @@ def group_frames(
         if uniqueness[frame][starts[-1]] > radius or frame - starts[-1] >= most:
             starts.append(frame)
     return torch.tensor(starts)
-
-
-def fuse_frames(features: Tensor, starts: Tensor) -> Tensor:
-    """Average the frames of each group token by token (step 1).
-
-    Parameters
-    ----------
-    features : Tensor
-        ``[F, N, D]``.
-    starts : Tensor
-        ``[g]`` first frame of each group.
-
-    Returns
-    -------
-    Tensor
-        ``[g, N, D]`` in the dtype of ``features``.
-    """
-    frames = features.shape[0]
-    if starts.numel() == frames:
-        return features
-    first = torch.zeros(frames, dtype=torch.int64)
-    first[starts] = 1
-    group = (first.cumsum(0) - 1).to(features.device)
-    return mean_merge(features.flatten(1), group, starts.numel()).view(-1, *features.shape[1:])
 
 
 def allocate_tokens(frame_vectors: Tensor, budget: int, tokens: int, *, automatic: bool = False) -> Tensor:
@@ -290,54 +270,45 @@ def _merged(fused: Tensor, near: Tensor | None, keep: Tensor, starts: Tensor, fr
     """Values of the kept tokens ``[g, N]``: half their own, half the mean of the original tokens near them."""
     tokens = fused.shape[1]
     group, patch = keep.nonzero(as_tuple=True)
-    target = torch.arange(group.numel(), device=keep.device)
-    sizes = torch.diff(starts, append=torch.tensor([frames])).to(keep.device)
+    sizes = torch.diff(starts, append=torch.tensor([frames])).to(keep.device)[group]
     source = starts.to(keep.device)[group] * tokens + patch
+    target = torch.arange(group.numel(), device=keep.device)
     if near is None:
-        own = torch.ones_like(target, dtype=torch.float32)
-        return MergedTokens(
-            fused.flatten(0, 1), source, _over_groups(target, source, own / sizes[group], sizes[group], tokens)
-        )
-    near_kept = near[group, patch]
-    found = near_kept.sum(dim=1)
+        alone = MergeMap(source, target, torch.ones_like(target, dtype=torch.float32))
+        return MergedTokens(fused.flatten(0, 1), source, over_frames(alone, sizes, tokens))
+    members = near[group, patch]
+    found = members.sum(dim=1)
+    # A radius of 0 leaves a token without neighbours, itself included.
+    own_weight = torch.where(found > 0, 0.5, 1.0)
+    other_weight = 0.5 / found.clamp_min(1)
     values = []
-    for members, own, frame in zip(
-        near_kept.split(keep.sum(dim=1).tolist()), patch.split(keep.sum(dim=1).tolist()), fused, strict=True
+    per_frame = keep.sum(dim=1).tolist()
+    for frame, part, own, own_share, share in zip(
+        fused, *(x.split(per_frame) for x in (members, patch, own_weight, other_weight)), strict=True
     ):
         work = as_float32(frame)
-        weight = members.to(work.dtype) / members.sum(dim=1, keepdim=True).clamp_min(1)
-        # A radius of 0 leaves a token without neighbours, itself included.
-        mean = torch.where(members.any(dim=1, keepdim=True), weight @ work, work[own])
-        values.append((mean + work[own]) / 2)
-    own_weight = torch.where(found > 0, 0.5, 1.0) / sizes[group]
-    slot, member = near_kept.nonzero(as_tuple=True)
-    member_source = source[slot] - patch[slot] + member
-    member_weight = 0.5 / (found * sizes[group])[slot]
-    merge_map = _over_groups(
+        weights = part.to(work.dtype) * share.unsqueeze(1)
+        values.append(weights @ work + work[own] * own_share.unsqueeze(1))
+    slot, member = members.nonzero(as_tuple=True)
+    merge_map = MergeMap(
+        torch.cat((source, source[slot] - patch[slot] + member)),
         torch.cat((target, slot)),
-        torch.cat((source, member_source)),
-        torch.cat((own_weight, member_weight)),
-        torch.cat((sizes[group], sizes[group[slot]])),
-        tokens,
+        torch.cat((own_weight, other_weight[slot])),
     )
-    return MergedTokens(torch.cat(values).to(fused.dtype), source, merge_map)
-
-
-def _over_groups(target: Tensor, source: Tensor, weight: Tensor, sizes: Tensor, tokens: int) -> MergeMap:
-    """Entries for the first frame of a group, repeated for all frames of the group."""
-    entry = torch.repeat_interleave(torch.arange(target.numel(), device=target.device), sizes)
-    begin = sizes.cumsum(0) - sizes
-    frame = torch.arange(entry.numel(), device=target.device) - begin[entry]
-    return MergeMap(source[entry] + frame * tokens, target[entry], weight[entry].float())
+    spread = over_frames(merge_map, torch.cat((sizes, sizes[slot])), tokens)
+    return MergedTokens(torch.cat(values).to(fused.dtype), source, spread)
 
 
 @register
 @dataclass
 class UniComp(Method):
-    """UniComp on the features alone; redundant videos keep fewer tokens than the retention allows.
+    """UniComp; redundant videos keep fewer tokens than the retention allows.
 
     Parameters
     ----------
+    metric
+        Similarity of tokens between ``"keys"`` of the last used encoder layer, mean over heads (recommended by
+        the authors), or between ``"features"``.
     frame_radius, token_radius
         Uniqueness up to which a frame joins a group, and below which a token is absorbed.
     automatic
@@ -347,6 +318,7 @@ class UniComp(Method):
         vectors.
     """
 
+    metric: Metric = "keys"
     frame_radius: float = FRAME_RADIUS
     token_radius: float = TOKEN_RADIUS
     automatic: bool = False
@@ -362,8 +334,8 @@ class UniComp(Method):
     exact_count: ClassVar[bool] = False
     fidelity: ClassVar[Fidelity] = "mostly"
     fidelity_note: ClassVar[str] = (
-        "measures similarity between features, a variant of the released code; the published figures use encoder "
-        "keys, a global frame vector, and one separator embedding behind every fused frame"
+        "frame uniqueness is measured between mean tokens, the published figures take a global frame vector from a "
+        "pooling head; and no separator embedding is added behind every fused frame"
     )
     uniform_views: ClassVar[bool] = True
 
@@ -371,6 +343,12 @@ class UniComp(Method):
         super().__post_init__()
         if not self.token_radius >= 0:
             raise MethodError(f"token_radius is {self.token_radius}, but it must be at least 0; published is 0.2.")
+        if self.metric not in get_args(Metric):
+            raise MethodError(f"metric {self.metric!r} is unknown; use 'keys' or 'features'.")
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Mean keys of the last used encoder layer, or nothing but the features."""
+        return (KEYS,) if self.metric == "keys" else ()
 
     def token_count(self, layout: Layout) -> int | None:
         """Depends on how redundant the video is."""
@@ -378,9 +356,11 @@ class UniComp(Method):
 
     def plan_tokens(self, sample: TokenSample) -> Plan:
         """Steps 1 to 6 on one video (or one picture as a video of one frame)."""
+        features = sample.by_frame
         result = compress(
-            sample.by_frame,
+            features,
             self.retention,
+            keys=sample.signal(KEYS).view(*features.shape[:2], -1) if self.metric == "keys" else None,
             frame_radius=self.frame_radius,
             token_radius=self.token_radius,
             automatic=self.automatic,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -45,17 +45,37 @@ def join(parent: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return parent
 
 
-def _linked(units: Tensor, threshold: float, limit: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Graph, lower and higher node of the pairs above the threshold, a bounded number of pairs at a time."""
-    graphs, nodes, _ = units.shape
+def _tiles(graphs: int, nodes: int, limit: int) -> Iterator[tuple[slice, int, int]]:
+    """Graphs, first row and last row of pieces that hold a bounded number of pairs."""
     group, rows = max(1, limit // (nodes * nodes)), max(1, limit // nodes)
     for graph in range(0, graphs, group):
-        part = units[graph : graph + group]
         for row in range(0, nodes, rows):
-            similarity = part[:, row : row + rows] @ part[:, row:].transpose(1, 2)
-            # Rounding may lift a cosine above 1, which would link duplicates at a threshold of 1.
-            pairs = (similarity.clamp_max_(1.0) > threshold).triu_(1).nonzero()
-            yield pairs[:, 0] + graph, pairs[:, 1] + row, pairs[:, 2] + row
+            yield slice(graph, graph + group), row, min(nodes, row + rows)
+
+
+def cosine_matrix(units: Tensor, max_pairs: int = DEFAULT_MAX_PAIRS) -> Tensor:
+    """All cosines of some unit vectors, at half the products of a plain matrix product.
+
+    Parameters
+    ----------
+    units : Tensor
+        ``[n, D]`` unit vectors.
+    max_pairs : int
+        Number of cosines computed at once.
+
+    Returns
+    -------
+    Tensor
+        ``[n, n]``, exactly symmetric, at most 1.
+    """
+    total = units.shape[0]
+    cosine = units.new_empty(total, total)
+    for _, start, end in _tiles(1, total, max_pairs):
+        cosine[start:end, start:] = units[start:end] @ units[start:].T
+        corner = cosine[start:end, start:end]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        cosine[end:, start:end] = cosine[start:end, end:].T
+    return cosine.clamp_max_(1.0)
 
 
 def similarity_components(
@@ -76,7 +96,7 @@ def similarity_components(
     sampled : Tensor, optional
         ``[G, n]`` bool. Only edges with at least one marked end count; all by default.
     max_pairs : int
-        Number of similarities handled at once.
+        Number of cosines looked at in one piece.
 
     Returns
     -------
@@ -88,18 +108,65 @@ def similarity_components(
         all its vectors (the lowest index among equals), ascending.
     """
     graphs, nodes, _ = units.shape
+
+    def tile(graph: slice, start: int, end: int) -> Tensor:
+        # Rounding may lift a cosine above 1, which would link duplicates at a threshold of 1.
+        return (units[graph, start:end] @ units[graph, start:].transpose(1, 2)).clamp_max_(1.0)
+
+    return _components(tile, graphs, nodes, threshold, units.device, sampled, max_pairs)
+
+
+def matrix_components(
+    similarity: Tensor, threshold: float, *, max_pairs: int = DEFAULT_MAX_PAIRS
+) -> tuple[Tensor, Tensor]:
+    """Like ``similarity_components``, for similarities that are already there.
+
+    Parameters
+    ----------
+    similarity : Tensor
+        ``[G, n, n]`` symmetric.
+    threshold : float
+        A pair is linked if its similarity is strictly above it.
+    max_pairs : int
+        Number of similarities looked at in one piece.
+
+    Returns
+    -------
+    label, representative : Tensor
+        See ``similarity_components``.
+    """
+    graphs, nodes, _ = similarity.shape
+
+    def tile(graph: slice, start: int, end: int) -> Tensor:
+        return similarity[graph, start:end, start:]
+
+    return _components(tile, graphs, nodes, threshold, similarity.device, None, max_pairs)
+
+
+def _components(
+    tile: Callable[[slice, int, int], Tensor],
+    graphs: int,
+    nodes: int,
+    threshold: float,
+    device: torch.device,
+    sampled: Tensor | None,
+    limit: int,
+) -> tuple[Tensor, Tensor]:
+    """Labels and representatives from similarities of rows ``start..end`` with columns from ``start`` on."""
     total = graphs * nodes
-    parent = torch.arange(total, device=units.device)
+    parent = torch.arange(total, device=device)
     degree = torch.zeros_like(parent)
-    for graph, low, high in _linked(units, threshold, max_pairs):
-        first, second = graph * nodes + low, graph * nodes + high
+    for graph, start, end in _tiles(graphs, nodes, limit):
+        pairs = (tile(graph, start, end) > threshold).triu_(1).nonzero()
+        first = (pairs[:, 0] + graph.start) * nodes + start + pairs[:, 1]
+        second = first - pairs[:, 1] + pairs[:, 2]
         degree += torch.bincount(first, minlength=total) + torch.bincount(second, minlength=total)
         if sampled is not None:
             counts = sampled.flatten()[first] | sampled.flatten()[second]
             first, second = first[counts], second[counts]
         parent = join(parent, first, second)
     most = torch.zeros_like(degree).scatter_reduce_(0, parent, degree, "amax")
-    index = torch.arange(total, device=units.device)
+    index = torch.arange(total, device=device)
     candidate = torch.where(degree == most[parent], index, total)
     best = torch.full_like(index, total).scatter_reduce_(0, parent, candidate, "amin")
     representative, label = torch.unique(best[parent], return_inverse=True)
