@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/python -m tokensieve.demo
+	$(BIN)/tokensieve demo
 
 test: install lint types
 	$(BIN)/python -m pytest -n $(WORKERS) -q

@@ -38,7 +38,7 @@ DTYPES: Mapping[str, str] = {
 }
 """Accepted names of weight types, and what transformers calls them."""
 
-_LARGEST_CONFIG = 16 << 20
+_LARGEST_JSON = 64 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _KERNEL_NAME = re.compile(r"[a-z0-9_]+")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -135,13 +135,7 @@ def model_type_of(name: str | Path) -> str:
     HostError
         If the file cannot be had, is no JSON or states no type.
     """
-    path = _config_file(name)
-    try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise HostError(f"The config.json of {name} is larger than 16 MiB; this is no model configuration.")
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HostError(f"The config.json of {name} cannot be read ({_brief(error)}); check the file.") from error
+    settings = _read_json(_config_file(name), f"The config.json of {name}")
     kind = settings.get("model_type") if isinstance(settings, dict) else None
     if not isinstance(kind, str):
         raise HostError(f"The config.json of {name} states no model_type; give a Hugging Face model.")
@@ -177,10 +171,15 @@ def meta_model(config: Any) -> Any:
         ) from error
 
 
-def random_weight_model() -> Path:
+def random_weight_model(real_layout: bool = False) -> Path:
     """Folder of a tiny LLaVA-OneVision of random weights, built the first time it is asked for.
 
     Its answers mean nothing; it shows what the other commands do without a download.
+
+    Parameters
+    ----------
+    real_layout
+        Give every frame the 14 x 14 tokens of the published checkpoints instead of 5 x 5.
 
     Raises
     ------
@@ -190,7 +189,8 @@ def random_weight_model() -> Path:
     from tokensieve.hosts import tiny
 
     try:
-        return tiny.cached("llava_onevision")
+        overrides = {"vision": {"image_size": 378, "patch_size": 14}} if real_layout else {}
+        return tiny.cached("llava_onevision", **overrides)
     except OSError as error:
         raise HostError(
             f"The demonstration model cannot be written to the cache folder ({_brief(error)}); set XDG_CACHE_HOME "
@@ -255,6 +255,16 @@ def _fetch_config(name: str) -> Path:
         raise HostError(f"The hub model {name} cannot be fetched ({_brief(error)}).") from error
 
 
+def _read_json(path: Path, what: str) -> Any:
+    """A small JSON file."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise HostError(f"{what} is larger than 64 MiB, which no such file is; copy the checkpoint again.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HostError(f"{what} cannot be read ({_brief(error)}); copy the checkpoint again.") from error
+
+
 def check_weight_files(folder: Path) -> None:
     """Look for the weights of a checkpoint folder without reading them.
 
@@ -265,10 +275,10 @@ def check_weight_files(folder: Path) -> None:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise HostError(f"{index} cannot be read ({_brief(error)}); copy the checkpoint again.") from error
+        listed = _read_json(index, str(index))
+        shards = set((listed.get("weight_map") or {}).values()) if isinstance(listed, dict) else set()
+        if not shards:
+            raise HostError(f"{index} lists no weight files; copy or download the checkpoint again.")
         lost = sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
         if lost:
             raise HostError(

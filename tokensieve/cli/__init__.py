@@ -11,6 +11,7 @@ from tokensieve.cli._console import out
 from tokensieve.cli._group import TokensieveGroup
 from tokensieve.cli.ask import ask
 from tokensieve.cli.check import check
+from tokensieve.cli.demo import demo
 from tokensieve.cli.listing import list_app
 from tokensieve.cli.profiling import profile
 from tokensieve.cli.view import view
@@ -51,6 +52,7 @@ app.command("view")(view)
 app.add_typer(list_app, name="list")
 app.command("check")(check)
 app.command("profile")(profile)
+app.command("demo")(demo)
 
 
 def main() -> None:
