@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -27,6 +28,9 @@ ENCRYPTION = {
     "encryption_kid": "ffeeddccbbaa99887766554433221100",
 }
 
+# Older releases mix the two streams unless told not to; newer ones keep them apart.
+SEPARATE: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
+
 Cli = Callable[..., Result]
 
 
@@ -44,7 +48,7 @@ def cli() -> Cli:
     """``cli("ask", ...)`` runs one command line; an exception that escapes it fails the test."""
 
     def run(*words: Any) -> Result:
-        result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "100"})
+        result = CliRunner(**SEPARATE).invoke(app, [str(word) for word in words], env={"COLUMNS": "100"})
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result
 

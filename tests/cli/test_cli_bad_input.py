@@ -219,6 +219,11 @@ class TestModels:
         )
         assert "lacks 1 of 2 weight files, first model-2.safetensors" in refusal(copied_model)
 
+    @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": null}', "{"])
+    def test_broken_index(self, refusal: Callable[[Any], str], copied_model: Path, text: str) -> None:
+        (copied_model / "model.safetensors.index.json").write_text(text)
+        assert "model.safetensors.index.json" in refusal(copied_model)
+
     def test_truncated_weights(self, refusal: Callable[[Any], str], copied_model: Path) -> None:
         weights = copied_model / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:5000])
