@@ -112,6 +112,13 @@ def test_ragged_groups_equal_groups_alone() -> None:
         start, first = start + size, first + count
 
 
+def test_groups_with_as_many_clusters_as_members_stay() -> None:
+    label, centres = ragged_clusters(torch.randn(5, 3), torch.tensor([2, 3]), torch.tensor([2, 3]))
+    assert label.tolist() == centres.tolist() == [0, 1, 2, 3, 4]
+    label, centres = ragged_clusters(torch.randn(0, 3), torch.tensor([0, 0]), torch.tensor([0, 0]))
+    assert label.numel() == centres.numel() == 0
+
+
 def test_identical_members_join_the_first_centre() -> None:
     found = peak_clusters(torch.ones(1, 5, 3), 2, 2)
     assert found.centres.tolist() == [[0, 1]]

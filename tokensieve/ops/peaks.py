@@ -196,7 +196,8 @@ def ragged_clusters(
     centres = torch.zeros(int(clusters.sum()), dtype=torch.int64, device=device)
     unchanged = (clusters == sizes)[group]
     centres[label[unchanged]] = unchanged.nonzero()[:, 0]
-    for part in (clusters != sizes).nonzero()[:, 0].split(groups_per_block):
+    changed = (clusters != sizes).nonzero()[:, 0]
+    for part in changed.split(groups_per_block) if changed.numel() else ():
         wanted = clusters[part]
         columns = torch.arange(int(sizes[part].max()), device=device)
         valid = columns < sizes[part].unsqueeze(1)
