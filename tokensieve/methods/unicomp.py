@@ -360,7 +360,9 @@ class UniComp(Method):
         result = compress(
             features,
             self.retention,
-            keys=sample.signal(KEYS).view(*features.shape[:2], -1) if self.metric == "keys" else None,
+            keys=sample.signal(KEYS).to(features.device).view(*features.shape[:2], -1)
+            if self.metric == "keys"
+            else None,
             frame_radius=self.frame_radius,
             token_radius=self.token_radius,
             automatic=self.automatic,
