@@ -189,7 +189,7 @@ def random_weight_model(real_layout: bool = False) -> Path:
     from tokensieve.hosts import tiny
 
     try:
-        overrides = {"vision": {"image_size": 378, "patch_size": 14}} if real_layout else {}
+        overrides: dict[str, Any] = {"vision": {"image_size": 378, "patch_size": 14}} if real_layout else {}
         return tiny.cached("llava_onevision", **overrides)
     except OSError as error:
         raise HostError(

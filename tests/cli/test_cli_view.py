@@ -75,3 +75,15 @@ def test_bad_output(refused: Callable[..., str], video: Path, tmp_path: Path) ->
     (tmp_path / "folder.html").mkdir()
     assert "is a folder" in refused("view", video, "-o", tmp_path / "folder.html")
     assert "--output" in refused("view", video)
+
+
+def test_demo(cli: Any, tmp_path: Path) -> None:
+    result = cli("demo", "-o", tmp_path / "shown", "--no-progress")
+    assert result.exit_code == 0, result.output
+    assert "full model" in result.stdout and "random weights" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "shown").iterdir()) == ["report.html", "report.png"]
+
+
+def test_demo_in_a_place_that_is_taken(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be made" in refused("demo", "-o", tmp_path / "file")
