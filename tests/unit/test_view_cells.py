@@ -38,6 +38,12 @@ def test_a_patch_in_several_tokens_belongs_to_the_heaviest() -> None:
     assert state.views[0].group.tolist() == [[-1, 1, 1]]
 
 
+def test_half_precision_weights_are_read() -> None:
+    merged = merge_map((0, 0, 0.5), (1, 0, 0.5))
+    half = merged._replace(weight=merged.weight.bfloat16())
+    assert states(item(1, 1, 2, keep=[0], merged=half))[0].views[0].state.tolist() == [[KEPT, MERGED]]
+
+
 def test_keep_in_another_order_does_not_mix_up_groups() -> None:
     merged = merge_map((3, 0, 0.5), (2, 0, 0.5), (0, 1, 0.5), (1, 1, 0.5))
     (state,) = states(item(1, 1, 4, keep=[3, 0], merged=merged))

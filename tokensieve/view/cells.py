@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tokensieve.core.trace import ItemTrace
 
@@ -94,21 +96,27 @@ def states(item: ItemTrace) -> list[State]:
     group = _groups(item)
     entered = np.full(layout.patches, CellState.DROPPED, np.int8)
     if item.merged is not None:
-        entered[item.merged.source.numpy()] = CellState.MERGED
-    entered[item.keep.numpy()] = CellState.KEPT
+        entered[_numbers(item.merged.source)] = CellState.MERGED
+    entered[_numbers(item.keep)] = CellState.KEPT
     found = [State(0, "Enters the LLM", _grids(item, entered, group))]
     for layer in sorted(item.decoder):
         alive = np.zeros(layout.patches, bool)
-        alive[item.decoder[layer].numpy()] = True
+        alive[_numbers(item.decoder[layer])] = True
         now = entered.copy()
         now[(entered == CellState.KEPT) & ~alive] = CellState.LEFT
         # A folded patch goes the way of the token that it is part of.
         target = np.full(layout.patches, -1)
         member = (group >= 0) & (entered == CellState.MERGED)
-        target[member] = item.keep.numpy()[group[member]]
+        target[member] = _numbers(item.keep)[group[member]]
         now[member & ~alive[target]] = CellState.LEFT
         found.append(State(layer, f"From layer {layer}", _grids(item, now, group)))
     return found
+
+
+def _numbers(values: Tensor) -> NDArray[Any]:
+    """A tensor of any device and type as an array (numpy has no bfloat16)."""
+    values = values.detach().cpu()
+    return (values.float() if values.is_floating_point() else values).numpy()
 
 
 def _groups(item: ItemTrace) -> NDArray[np.int64]:
@@ -116,11 +124,11 @@ def _groups(item: ItemTrace) -> NDArray[np.int64]:
     group = np.full(item.layout.patches, -1, np.int64)
     if item.merged is None:
         return group
-    source, target, weight = (part.numpy() for part in item.merged)
+    source, target, weight = (_numbers(part) for part in item.merged)
     # The heaviest contribution is written last.
     order = np.argsort(weight, kind="stable")
     group[source[order]] = target[order]
-    keep = item.keep.numpy()
+    keep = _numbers(item.keep)
     folded = np.ones(item.layout.patches, bool)
     folded[keep] = False
     several = np.zeros(keep.size, bool)
@@ -136,7 +144,7 @@ def _grids(item: ItemTrace, state: NDArray[np.int8], group: NDArray[np.int64]) -
     sizes = np.array([rows * columns for rows, columns in layout.views])
     starts = np.concatenate(([0], sizes.cumsum()))
     columns = np.array([grid[1] for grid in layout.views])
-    view, row, column = (part[tokens].numpy() for part in (layout.view, layout.row, layout.column))
+    view, row, column = (_numbers(part[tokens]) for part in (layout.view, layout.row, layout.column))
     place = starts[view] + row * columns[view] + column
     states_flat = np.full(starts[-1], CellState.ABSENT, np.int8)
     groups_flat = np.full(starts[-1], -1, np.int64)

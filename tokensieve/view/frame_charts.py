@@ -70,7 +70,7 @@ def frame_uniqueness(data: ViewData) -> NDArray[np.float64] | None:
     found = data.item.info.get("frame_uniqueness")
     if found is None:
         return None
-    values = torch.as_tensor(found).double().flatten().numpy()
+    values = torch.as_tensor(found).detach().double().cpu().flatten().numpy()
     occupied = (data.item.per_frame() > 0).numpy()
     if values.size == 0 or not np.isfinite(values).all():
         return None
