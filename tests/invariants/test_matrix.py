@@ -84,11 +84,9 @@ def test_counts_positions_and_text(loaded: Any, family: str, method: str) -> Non
         assert 1 <= item.keep.numel() <= item.layout.patches
         for layer, alive in item.decoder.items():
             assert 1 <= alive.numel() <= item.keep.numel(), layer
-    assert short["inputs_embeds"].shape[1] == trace.after[0] < trace.before[0] or run.methods[0].name in (
-        "none",
-        "fastv",
-        "frame-subsample",
-    )
+    whole = all(item.keep.numel() == item.layout.patches for item in trace.items)
+    assert short["inputs_embeds"].shape[1] == trace.after[0]
+    assert trace.after[0] == trace.before[0] if whole else trace.after[0] < trace.before[0]
     visual = torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool)
     for name in ("image", "video"):
         token = getattr(model.config, f"{name}_token_id", None)
