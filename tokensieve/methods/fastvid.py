@@ -316,13 +316,14 @@ class FastVIDProxy(Method):
     def plan_tokens(self, sample: TokenSample) -> Plan:
         """Segments, salient tokens and merged anchors of one video (or one picture as a single frame)."""
         features = sample.by_frame
+        attention = sample.signal("encoder.received_attention@feature").to(features.device)
         flavour = self.flavour or _host_flavour(sample.facts)
         threshold = self.threshold
         if threshold is None:
             threshold = 0.84 if flavour == "qwen" else 0.9
         merged, segments = density_pruning(
             features,
-            sample.signal("encoder.received_attention@feature").view(features.shape[:2]),
+            attention.view(features.shape[:2]),
             as_float32(features).mean(dim=1),
             self.retention,
             flavour=flavour,

@@ -371,13 +371,14 @@ class FlashVID(Method):
     def plan_tokens(self, sample: TokenSample) -> Plan:
         """Selection and merging on one video (or one picture as a video of one frame)."""
         features = sample.by_frame
+        attention = sample.signal("encoder.received_attention@feature").to(features.device)
         several_axes = sample.facts is not None and sample.facts.position_axes > 1
         minimum = self.segments or (4 if several_axes else 8)
         similarity = transition_similarity(as_float32(features).mean(dim=1))
         segments = segment_transitions(similarity, self.cut, minimum)
         merged, selected = flash_merge(
             features,
-            sample.signal("encoder.received_attention@feature").view(features.shape[:2]),
+            attention.view(features.shape[:2]),
             frame_budget(features.shape[1], self.retention, self._expansion(sample.facts), self.alpha),
             segments,
             selection=self.selection or ("attended" if several_axes else "attended_event"),
