@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tokensieve
-from tokensieve.cli._session import split_methods
+from tokensieve.cli._common import split_methods
 from tokensieve.core.signals import SIGNALS
 from tokensieve.hosts import tiny
 

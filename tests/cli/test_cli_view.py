@@ -77,6 +77,7 @@ def test_bad_output(refused: Callable[..., str], video: Path, tmp_path: Path) ->
     assert "--output" in refused("view", video)
 
 
+@pytest.mark.slow
 def test_demo(cli: Any, tmp_path: Path) -> None:
     result = cli("demo", "-o", tmp_path / "shown", "--no-progress")
     assert result.exit_code == 0, result.output

@@ -43,27 +43,27 @@ def ask(
     no_progress: options.NoProgress = False,
 ) -> None:
     """Ask a question about a video, with the visual tokens compressed by any method."""
-    from tokensieve.cli import _session as session
+    from tokensieve.cli import _common as common
 
-    session.check_question(question)
+    common.check_question(question)
     if max_new_tokens < 1:
         raise MethodError(f"--max-new-tokens must be 1 or more, not {max_new_tokens}.")
-    methods = session.parse_methods(method, retention, settings, seed)
+    methods = common.parse_methods(method, retention, settings, seed)
     show = not no_progress
     with quiet_transformers():
-        session.check_model(model, methods, trust_remote_code=trust_remote_code)
-        clip = session.read_frames(video, frames, fps, start, end, show)
-        loaded = session.open_model(model, dtype, device, attn, trust_remote_code, show)
+        common.check_model(model, methods, trust_remote_code=trust_remote_code)
+        clip = common.read_frames(video, frames, fps, start, end, show)
+        loaded = common.open_model(model, dtype, device, attn, trust_remote_code, show)
         with step("preparing the frames", show):
-            prompt = session.make_prompt(loaded, clip, question, methods)
+            prompt = common.make_prompt(loaded, clip, question, methods)
             inputs = prompt.on(loaded.model)
         if compare:
             # The first call of a process pays for set-up that neither column should carry.
-            session.run_methods(loaded, inputs, methods, 1, show)
-        compressed, run = session.run_methods(loaded, inputs, methods, max_new_tokens, show)
-        full = session.run_plain(loaded, inputs, max_new_tokens, show) if compare else None
+            common.run_methods(loaded, inputs, methods, 1, show)
+        compressed, run = common.run_methods(loaded, inputs, methods, max_new_tokens, show)
+        full = common.run_plain(loaded, inputs, max_new_tokens, show) if compare else None
     report = run.report
-    remarks = session.remarks(report)
+    remarks = common.remarks(report)
     for sentence in remarks:
         note(sentence)
     if as_json:
@@ -75,7 +75,7 @@ def ask(
                 "random_weights": loaded.random_weights,
                 "frames": len(clip),
                 "timestamps": clip.timestamps.tolist(),
-                "methods": session.describe_methods(methods),
+                "methods": common.describe_methods(methods),
                 "notes": prompt.notes + remarks + clip.info.warnings,
                 "compressed": compressed.to_dict() | _tokens(report),
                 "full": None if full is None else full.to_dict() | _tokens(report, full=True),
@@ -128,7 +128,7 @@ def _line(found: Answer, report: Report) -> str:
 
 def _table(compressed: Answer, full: Answer, report: Report, methods: list[Method]) -> Table:
     """Both answers side by side."""
-    from tokensieve.cli._session import title_of
+    from tokensieve.cli._common import title_of
     from tokensieve.measure.text import in_bytes, in_seconds
 
     def speed(found: Answer) -> str:

@@ -34,7 +34,7 @@ def check(
 
     The exit code is 2 when METHOD does not fit.
     """
-    from tokensieve.cli._session import parse_methods
+    from tokensieve.cli._common import parse_methods
     from tokensieve.core.runtime import base_model
     from tokensieve.hosts.registry import host_for
     from tokensieve.load import meta_model, read_config

@@ -19,7 +19,7 @@ from tokensieve.cli._progress import Advance, step
 from tokensieve.errors import MethodError
 
 if TYPE_CHECKING:
-    from tokensieve.cli._session import Loaded
+    from tokensieve.cli._common import Loaded
     from tokensieve.core.method import Method
     from tokensieve.measure.report import Report
     from tokensieve.video import Clip
@@ -84,24 +84,24 @@ def profile(
     no_progress: options.NoProgress = False,
 ) -> None:
     """Measure where time and memory go: decoding, encoding, compression, prefill and later tokens."""
-    from tokensieve.cli import _session as session
+    from tokensieve.cli import _common as common
 
     if new_tokens < 2 or repeats < 1:
         raise MethodError(f"--new-tokens must be 2 or more and --repeats 1 or more, not {new_tokens} and {repeats}.")
-    columns = [Column(FULL, session.parse_methods("none"))]
-    for name in session.split_methods(methods):
-        columns.append(Column(name, session.parse_methods(name, retention, seed=seed)))
+    columns = [Column(FULL, common.parse_methods("none"))]
+    for name in common.split_methods(methods):
+        columns.append(Column(name, common.parse_methods(name, retention, seed=seed)))
     show = not no_progress
     with quiet_transformers():
-        session.check_model(model, *(column.methods for column in columns), trust_remote_code=trust_remote_code)
+        common.check_model(model, *(column.methods for column in columns), trust_remote_code=trust_remote_code)
         before: dict[str, float] = {}
         begun = time.perf_counter()
-        clip = session.read_frames(video or _bundled_clip(), frames, None, None, None, show)
+        clip = common.read_frames(video or _bundled_clip(), frames, None, None, None, show)
         before["decode video"] = time.perf_counter() - begun
-        loaded = session.open_model(model, dtype, device, attn, trust_remote_code, show)
+        loaded = common.open_model(model, dtype, device, attn, trust_remote_code, show)
         begun = time.perf_counter()
         everything = [method for column in columns for method in column.methods]
-        prompt = session.make_prompt(loaded, clip, "What happens in this video?", everything)
+        prompt = common.make_prompt(loaded, clip, "What happens in this video?", everything)
         before["preprocess"] = time.perf_counter() - begun
         with step("measuring", show, len(columns) * (repeats + 1)) as advance:
             _measure(loaded, prompt.on(loaded.model), columns, new_tokens, repeats, advance)
@@ -133,7 +133,7 @@ def _run(loaded: Loaded, inputs: dict[str, Any], column: Column, new_tokens: int
     from tokensieve import compress
     from tokensieve.cli._generate import answer
     from tokensieve.cli._meter import StageMemory
-    from tokensieve.cli._session import free_memory
+    from tokensieve.cli._common import free_memory
 
     free_memory()
     with compress(loaded.model, column.methods) as run, StageMemory(run) as meter:
@@ -158,7 +158,7 @@ def _summary(
     loaded: Loaded, clip: Clip, before: dict[str, float], columns: list[Column], repeats: int
 ) -> dict[str, Any]:
     """Everything measured, as plain data."""
-    from tokensieve.cli._session import describe_methods
+    from tokensieve.cli._common import describe_methods
     from tokensieve.measure.memory import PeakMemory
 
     model = loaded.model

@@ -44,23 +44,23 @@ def view(
     no_progress: options.NoProgress = False,
 ) -> None:
     """Show what a method keeps of every frame, as an HTML page or a PNG picture."""
-    from tokensieve.cli import _session as session
+    from tokensieve.cli import _common as common
 
     for path in output:
         _check_output(path)
-    session.check_question(question)
+    common.check_question(question)
     if max_new_tokens < 1:
         raise MethodError(f"--max-new-tokens must be 1 or more, not {max_new_tokens}.")
-    methods = session.parse_methods(method, retention, settings, seed)
+    methods = common.parse_methods(method, retention, settings, seed)
     show = not no_progress
     with quiet_transformers():
-        session.check_model(model, methods, trust_remote_code=trust_remote_code)
-        clip = session.read_frames(video, frames, fps, start, end, show)
-        loaded = session.open_model(model, dtype, device, attn, trust_remote_code, show)
-        prompt = session.make_prompt(loaded, clip, question, methods)
-        answer, run = session.run_methods(loaded, prompt.on(loaded.model), methods, max_new_tokens, show)
+        common.check_model(model, methods, trust_remote_code=trust_remote_code)
+        clip = common.read_frames(video, frames, fps, start, end, show)
+        loaded = common.open_model(model, dtype, device, attn, trust_remote_code, show)
+        prompt = common.make_prompt(loaded, clip, question, methods)
+        answer, run = common.run_methods(loaded, prompt.on(loaded.model), methods, max_new_tokens, show)
     report = run.report
-    remarks = session.remarks(report)
+    remarks = common.remarks(report)
     for sentence in remarks:
         note(sentence)
     from tokensieve.view import ViewData, write_html, write_png
@@ -73,7 +73,7 @@ def view(
         processor=loaded.processor,
         label=_label(video),
         question=question,
-        answers={session.title_of(methods): answer.text},
+        answers={common.title_of(methods): answer.text},
         note=" ".join(caution + [sentence[:1].upper() + sentence[1:] for sentence in prompt.notes + remarks]),
     )
     with step("drawing", show):
@@ -87,7 +87,7 @@ def view(
                 "question": question,
                 "model": loaded.name,
                 "random_weights": loaded.random_weights,
-                "methods": session.describe_methods(methods),
+                "methods": common.describe_methods(methods),
                 "answer": answer.text,
                 "report": report.to_dict(full=True),
             }
