@@ -131,9 +131,9 @@ def _measure(
 
 def _run(loaded: Loaded, inputs: dict[str, Any], column: Column, new_tokens: int, keep: bool) -> None:
     from tokensieve import compress
+    from tokensieve.cli._common import free_memory
     from tokensieve.cli._generate import answer
     from tokensieve.cli._meter import StageMemory
-    from tokensieve.cli._common import free_memory
 
     free_memory()
     with compress(loaded.model, column.methods) as run, StageMemory(run) as meter:
