@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokensieve.core.encode import EncodeCall, EncodedItem
 from tokensieve.core.layout import ItemKind, Layout
@@ -44,15 +44,12 @@ class InternVL(Host):
         count = call.arguments[call.pixel_key].shape[0]
         return [EncodedItem(Layout.regular("image", 1, side, side), slice(i, i + 1)) for i in range(count)]
 
-    def regroup(
-        self, base: Any, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
-    ) -> list[EncodedItem]:
+    def regroup(self, base: Any, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]) -> list[EncodedItem]:
         """Tiles of one image form one run of placeholders; frames of one video follow each other with the same
         words in between.
 
-        The text in front of a frame differs from that of the next frame only in its number, so runs of one
-        picture each are joined while the token before the number repeats and the first frame's label does not
-        come again.
+        Single pictures are joined while the labels in front of them count up. Pictures that a prompt itself
+        numbers ("Image-1:", "Image-2:") look the same and count as frames too.
         """
         items, side = call.items, self.side(base)
         grouped: list[EncodedItem] = []
@@ -78,28 +75,70 @@ class InternVL(Host):
         visual = torch.eq(row, base.config.image_token_id)
         edges = torch.diff(visual.long(), prepend=torch.zeros(1, dtype=torch.long))
         starts = (edges == 1).nonzero().flatten().tolist()
-        lengths = [int((~visual[start:]).long().argmax()) or len(row) - start for start in starts]
         groups: list[tuple[ItemKind, int]] = []
-        label: list[int] | None = None
-        previous_end = 0
-        for start, length in zip(starts, lengths, strict=True):
-            before = row[previous_end:start].tolist()
-            previous_end = start + length
-            is_frame = length == each and self._is_frame_label(before)
-            if is_frame and label is not None and groups and before[-4:] != label:
+        series = _Series()
+        end = 0
+        for start in starts:
+            before = row[end:start].tolist()
+            length = int((~visual[start:]).long().argmax()) or len(row) - start
+            end = start + length
+            if length == each and series.continues(before):
                 groups[-1] = ("video", groups[-1][1] + 1)
                 continue
-            label = before[-4:] if is_frame else None
-            groups.append(("video" if is_frame else "image", length // each))
+            groups.append(("image", length // each))
+            series = _Series(before if length == each else None)
         return groups
-
-    @staticmethod
-    def _is_frame_label(before: list[int]) -> bool:
-        """Whether the tokens in front of a picture end like a frame label: words, then the start token."""
-        return len(before) >= 4
 
     def pool(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
         """Mean over the patches that the pixel shuffle folds into one token."""
         side = int(raw.shape[1] ** 0.5)
         grid = raw.float().view(raw.shape[0], side, side, 1)
         return base.pixel_shuffle(grid, scale_factor=base.config.downsample_ratio).mean(-1).flatten()
+
+
+class _Series:
+    """Recognises labels that count up ("Frame1: ", "Frame2: ") in front of single pictures, from token ids alone.
+
+    The second label shows which token stands before the number and which follow it; from then on the number is
+    whatever lies between. The first number coming again begins another video.
+
+    Parameters
+    ----------
+    first
+        Tokens in front of the first picture, or None when it cannot be a frame.
+    """
+
+    def __init__(self, first: list[int] | None = None) -> None:
+        self.first = first
+        self.word: int | None = None
+        self.tail: list[int] = []
+
+    def continues(self, before: list[int]) -> bool:
+        """Whether the picture behind these tokens belongs to the series."""
+        if self.first is None:
+            return False
+        if self.word is None:
+            return self._learn(before)
+        number = self._number(before)
+        return number is not None and number != self._number(self.first)
+
+    def _learn(self, second: list[int]) -> bool:
+        assert self.first is not None
+        shared = 0
+        while shared < min(len(self.first), len(second)) and self.first[-1 - shared] == second[-1 - shared]:
+            shared += 1
+        # At least a colon and the start token follow the number, and one word precedes it.
+        if shared < 2 or min(len(self.first), len(second)) < shared + 2:
+            return False
+        if self.first[-shared - 2] != second[-shared - 2]:
+            return False
+        self.word, self.tail = second[-shared - 2], second[-shared:]
+        return True
+
+    def _number(self, before: list[int]) -> list[int] | None:
+        head = before[: len(before) - len(self.tail)]
+        if self.word not in head or before[len(head) :] != self.tail:
+            return None
+        place = len(head) - 1 - head[::-1].index(self.word)
+        number = head[place + 1 :]
+        return number if 1 <= len(number) <= 6 else None

@@ -193,7 +193,7 @@ class LlavaOnevision(_AnyResolutionHost):
     slug = "llava_onevision"
     title = "LLaVA-OneVision"
     model_types = ("llava_onevision",)
-    video_separators = "end"
+    video_separators: ClassVar[Separators] = "end"
     layout_note = "14 x 14 patches a frame, one newline behind the video; images any-resolution"
 
     def video_grid(self, base: Any) -> tuple[int, int]:
@@ -217,7 +217,7 @@ class LlavaVideo(LlavaOnevision):
     slug = "llava_video"
     title = "LLaVA-Video"
     model_types = ("llava_video",)
-    video_separators = "row"
+    video_separators: ClassVar[Separators] = "row"
     layout_note = "13 x 13 patches a frame, a newline behind each row; images any-resolution"
 
     def video_grid(self, base: Any) -> tuple[int, int]:

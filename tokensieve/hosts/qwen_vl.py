@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokensieve.core.encode import EncodeCall, EncodedItem
 from tokensieve.core.layout import Layout
@@ -152,9 +152,7 @@ class VideoLlama3(_PackedHost):
         sizes = call.arguments.get(f"{call.modality}_merge_sizes")
         return torch.as_tensor(sizes if sizes is not None else call.arguments["image_merge_sizes"]).tolist()
 
-    def regroup(
-        self, base: Any, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]
-    ) -> list[EncodedItem]:
+    def regroup(self, base: Any, call: EncodeCall, ids: Tensor, arguments: Mapping[str, Any]) -> list[EncodedItem]:
         """The processor may have left out tokens that hardly differ from the frame before."""
         mask = arguments.get("video_compression_mask")
         if call.modality != "video" or mask is None or bool(mask.all()):
