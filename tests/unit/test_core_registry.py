@@ -60,6 +60,10 @@ def test_defaults_fill_only_what_is_not_set() -> None:
     first, second = registry.resolve("vidcom2:retention=0.5+fastv", retention=0.2)
     assert first.retention == 0.5
     assert second.retention == 0.2
+    first, second = registry.resolve("vidcom2+fastv", layer=3)
+    assert getattr(second, "layer", None) == 3
+    with pytest.raises(MethodError, match="has no option 'depth'"):
+        registry.resolve("vidcom2+fastv", depth=3)
 
 
 @pytest.mark.parametrize("retention", [0.0, -0.1, 1.5, float("nan"), "half", True, None])
@@ -148,7 +152,7 @@ def test_nan_features_are_reported() -> None:
 def test_smallest_retention_keeps_a_token() -> None:
     model, processor = tiny.build_in_memory("llava_onevision")
     inputs = tiny.example_inputs("llava_onevision", processor)
-    for name in tokensieve.list_methods():
+    for name in registry.fitting_methods(host_for(model), model.base_model):
         if name == "none":
             continue
         with torch.no_grad(), tokensieve.compress(model, name, retention=1e-6) as run:

@@ -68,7 +68,7 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """A method from its name and options; unknown options are a MethodError that lists the known ones."""
     cls = method_class(name)
     options = dict(options or {})
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = option_names(cls)
     for option in options:
         if option not in known:
             raise MethodError(f"{name} has no option {option!r}; its options are {', '.join(sorted(known))}.")
@@ -76,19 +76,38 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Method:
 
 
 def parse(text: str, defaults: Mapping[str, Any] | None = None) -> list[Method]:
-    """Methods from the one-line notation; ``defaults`` fill options that the text does not set."""
+    """Methods from the one-line notation.
+
+    Parameters
+    ----------
+    text
+        ``name``, ``name:option=value,...`` or ``a+b``.
+    defaults
+        Options for every part that has them and does not set them itself; one that no part has is an error.
+    """
+    parts = [part.strip().partition(":")[::2] for part in text.split("+")]
+    fields = [option_names(method_class(name.strip())) for name, _ in parts]
+    for option in defaults or ():
+        if not any(option in known for known in fields):
+            listed = ", ".join(sorted(set().union(*fields)))
+            raise MethodError(f"{text} has no option {option!r}; its options are {listed}.")
     methods = []
-    for part in text.split("+"):
-        name, _, tail = part.strip().partition(":")
-        options = dict(_option(pair) for pair in tail.split(",") if pair.strip())
-        methods.append(build(name.strip(), {**(defaults or {}), **options}))
+    for (name, tail), known in zip(parts, fields, strict=True):
+        options = {key: value for key, value in (defaults or {}).items() if key in known}
+        options |= dict(_option(pair) for pair in tail.split(",") if pair.strip())
+        methods.append(build(name.strip(), options))
     return methods
+
+
+def option_names(cls: type[Method]) -> set[str]:
+    """Names of the options of a method."""
+    return {field.name for field in dataclasses.fields(cls)}
 
 
 def resolve(method: MethodLike, **options: Any) -> list[Method]:
     """A list of method objects from a name, an object, a class, or a sequence of these.
 
-    Options (``retention`` among them) go to every part given by name; objects keep their own.
+    Options (``retention`` among them) go to every part that is given by name and has them; objects keep their own.
     """
     if isinstance(method, str):
         return parse(method, options)
@@ -108,7 +127,7 @@ def resolve(method: MethodLike, **options: Any) -> list[Method]:
 
 
 def _known_options(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(method)}
+    known = option_names(type(method))
     for option in options:
         if option not in known:
             raise MethodError(f"{method.name} has no option {option!r}; its options are {', '.join(sorted(known))}.")
