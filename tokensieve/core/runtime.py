@@ -203,7 +203,11 @@ class Run:
     ) -> dict[str, Any]:
         """Gather everything that runs alongside the sequence."""
         kwargs = dict(kwargs)
-        embeds = gather_sequence(kwargs["inputs_embeds"], compaction.index)
+        embeds = kwargs["inputs_embeds"]
+        if not compaction.is_identity:
+            embeds = gather_sequence(embeds, compaction.index)
+        elif replacements:
+            embeds = embeds.clone()
         for number, spots, slots in replacements:
             plan = items[number].plan
             assert plan is not None and plan.features is not None
