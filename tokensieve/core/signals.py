@@ -45,6 +45,20 @@ SIGNALS: dict[str, Signal] = {
             "Attention of the class token to a patch in one tower layer, mean over heads, pooled like the features.",
         ),
         Signal(
+            "encoder.patch_attention",
+            "encoder",
+            "[n]",
+            "Attention that a patch receives from the patches alone in one tower layer with a class token, mean over "
+            "heads and querying patches, pooled like the features.",
+        ),
+        Signal(
+            "encoder.given_attention",
+            "encoder",
+            "[n]",
+            "Attention that a patch gives to the patches instead of the class token in one tower layer, mean over "
+            "heads and patches, pooled like the features.",
+        ),
+        Signal(
             "encoder.mean_key",
             "encoder",
             "[n, d]",

@@ -88,7 +88,7 @@ class Host:
         """Whether a signal is native, recomputed, an extra pass, or absent."""
         if name in self.absent:
             return "absent"
-        if name == "encoder.class_attention":
+        if name in ("encoder.class_attention", "encoder.patch_attention", "encoder.given_attention"):
             return "recomputed" if self.tower(base).class_token else "absent"
         if name in ("encoder.received_attention", "encoder.mean_key", "decoder.last_query_attention"):
             return "recomputed"
@@ -100,6 +100,8 @@ class Host:
             return self.absent[name]
         if name == "encoder.class_attention":
             return "its vision tower has no class token"
+        if name in ("encoder.patch_attention", "encoder.given_attention"):
+            return "its vision tower has no class token, so that encoder.received_attention says it all"
         return "nothing in this family gives it"
 
     def resolve_layer(self, base: Any, request: SignalRequest) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.ops.attention import class_attention, received_attention
+from tokensieve.ops.given import given_attention
 
 Sink = Callable[[str, Tensor], None]
 
@@ -74,6 +75,10 @@ class PictureTower:
         if name == "encoder.mean_key":
             keys = qk.k.float().mean(dim=1)
             return keys[:, 1:] if self.class_token else keys
+        if name == "encoder.given_attention":
+            return given_attention(qk.q, qk.k, scale=qk.scale)[:, 1:]
+        if name == "encoder.patch_attention":
+            return received_attention(qk.q, qk.k, scale=qk.scale, query_rows=slice(1, None))[:, 1:]
         received = received_attention(qk.q, qk.k, scale=qk.scale)
         return received[:, 1:] if self.class_token else received
 
