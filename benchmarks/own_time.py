@@ -109,7 +109,7 @@ def plan(method: Method, case: Case) -> list[int]:
     for layer in method.decoder_layers(FACTS):
         sample = DecoderSample(
             hidden=case.features[:present],
-            attention=case.attention[:present],
+            signals={"decoder.last_query_attention": case.attention[:present]},
             layer=layer,
             entered=total,
             view=case.layout.patch_view[:present],

@@ -218,7 +218,7 @@ def test_cut_inside() -> None:
     assert prune_visual(attention, 0.3).tolist() == sorted(attention.argsort(descending=True)[:31].tolist())
     sample = DecoderSample(
         hidden=torch.randn(101, 4),
-        attention=attention,
+        signals={"decoder.last_query_attention": attention},
         layer=28,
         entered=400,
         view=torch.zeros(101, dtype=torch.long),

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokensieve.core.compactor import Compaction, gather_positions, gather_sequence, pad_rows
+from tokensieve.core.compactor import (
+    Compaction,
+    Placement,
+    arrange_row,
+    gather_positions,
+    gather_sequence,
+    pad_rows,
+    renumbered,
+)
+from tokensieve.core.decoder_signals import DecoderSignals, RowView
 from tokensieve.core.ledger import Ledger, Span
 from tokensieve.core.masks import causal_mask
 from tokensieve.core.method import Method
 from tokensieve.core.plan import Plan
 from tokensieve.core.prefill import PromptItem, Tracked
-from tokensieve.core.sample import DecoderSample, HostFacts
+from tokensieve.core.sample import DecoderSample, HostFacts, PromptSample
 from tokensieve.core.trace import PrefillTrace
+from tokensieve.errors import MethodError
 from tokensieve.hosts.base import Host
-from tokensieve.ops.attention import last_query_attention
 
 
 @dataclass
@@ -36,6 +45,10 @@ class Prompt:
         Origin of every present token.
     items
         Visual items of the batch.
+    positions : Tensor, optional
+        Position ids [1 or B, L] of hosts with one position axis.
+    memory
+        (method number, row) -> what the method remembers of the row.
     """
 
     real: Tensor
@@ -43,11 +56,33 @@ class Prompt:
     tracked: Tracked
     items: list[PromptItem]
     trace: PrefillTrace
+    positions: Tensor | None = None
+    memory: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
 
     def keys(self, layer: int) -> Tensor:
         """Padding mask [B, P + L] of the keys that a decoder layer sees."""
         past = self.pasts[max(first for first in self.pasts if first <= layer)]
         return torch.cat((past, self.real), 1)
+
+    def visual(self, row: int) -> Tensor:
+        """Positions of the visual patch tokens of a row."""
+        return ((self.tracked.patch[row] >= 0) & self.real[row]).nonzero().flatten()
+
+    def behind(self, row: int) -> Tensor:
+        """Positions of the text tokens behind the last visual item of a row."""
+        visual = (self.tracked.item[row] >= 0).nonzero().flatten()
+        start = int(visual[-1]) + 1 if visual.numel() else 0
+        tail = self.real[row].clone()
+        tail[:start] = False
+        return tail.nonzero().flatten()
+
+    def last(self, row: int) -> int:
+        """Position of the last real token of a row."""
+        return int(self.real[row].nonzero()[-1])
+
+    def entered(self, row: int) -> int:
+        """Number of visual patch tokens of a row that entered the LLM."""
+        return sum(trace.keep.numel() for trace in self.trace.items if trace.row == row)
 
 
 class DecoderStage:
@@ -77,26 +112,33 @@ class DecoderStage:
         self.clock = clock
         self.hide_positions = hide_positions
         self.layers = host.layers(base)
-        self.config = host.text_model(base).config
-        self.cuts: dict[int, list[tuple[int, Method]]] = {}
+        self.text_model = host.text_model(base)
+        self.config = self.text_model.config
+        self.methods = [method for method in methods if method.retention < 1.0]
+        self.cuts: dict[int, tuple[int, Method]] = {}
         for number, method in enumerate(methods):
-            for layer in method.decoder_layers(facts):
-                if method.retention < 1.0:
-                    self.cuts.setdefault(layer, []).append((number, method))
+            for layer in method.decoder_layers(facts) if method.retention < 1.0 else ():
+                if layer in self.cuts:
+                    raise MethodError(
+                        f"{method.name} and {self.cuts[layer][1].name} both cut in front of layer {layer}; give one "
+                        "of them another layer."
+                    )
+                self.cuts[layer] = (number, method)
+        wanted = {layer: set(method.decoder_signals(facts)) for layer, (_, method) in self.cuts.items()}
+        self.signals = DecoderSignals(host, self.text_model, self.layers, wanted, self._row_views, clock)
         self.prompt: Prompt | None = None
         self.spans: dict[int, Span] = {}
-        self.removed: dict[int, int] = {}
-        self._cut_away = 0
-        self._attention: dict[int, Tensor] = {}
+        self._earlier: dict[int, Span] = {}
+        self._removed = 0
+        self._shift: Tensor | None = None
         self._swap: dict[str, Any] = {}
-        self._step: tuple[Ledger, int, Tensor | None] | None = None
+        self._step: tuple[Ledger, Tensor | None, Tensor | None] | None = None
+        self._built_for = -1
         self._handles: list[Any] = []
 
     def attach(self) -> None:
         """Install the hooks."""
-        for cut in self.cuts:
-            attention = self.layers[cut - 1].get_submodule("self_attn")
-            self._handles.append(attention.register_forward_hook(self._read_row(cut), with_kwargs=True))
+        self._handles = self.signals.listen()
         for index, layer in enumerate(self.layers):
             hook = self._before_layer(index)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -108,7 +150,7 @@ class DecoderStage:
         self._handles = []
         self.end()
 
-    def begin(self, prompt: Prompt, removed: int, earlier: dict[int, int]) -> None:
+    def begin(self, prompt: Prompt, removed: int, earlier: dict[int, Span], embeds: Tensor) -> None:
         """A prefill with visual tokens is about to run.
 
         Parameters
@@ -118,161 +160,142 @@ class DecoderStage:
         removed
             How many tokens that stage removed.
         earlier
-            First decoder layer -> tokens of earlier turns that the cache does not hold from that layer on.
+            First decoder layer -> span of the cache that earlier turns left.
+        embeds : Tensor [B, L, D]
+            Inputs of the first layer.
         """
-        self.prompt = prompt
-        self.removed = {first: earlier.get(first, 0) + removed for first in prompt.pasts}
-        self.spans = {0: Span(prompt.keys(0), self.removed[0])}
-        self._cut_away = 0
+        self.prompt, self._earlier = prompt, earlier
+        self._removed, self._shift = removed, None
+        self.spans = {}
+        self._open_span(0)
+        for number, method in self.cuts.values():
+            for row in range(embeds.shape[0]):
+                if (number, row) not in prompt.memory and prompt.visual(row).numel():
+                    states = embeds[row]
+                    places = (prompt.visual(row).to(states.device), prompt.behind(row).to(states.device))
+                    sample = PromptSample(*(states.index_select(0, place) for place in places))
+                    prompt.memory[number, row] = method.read_prompt(sample)
 
-    def step(self, ledger: Ledger, given: Tensor | None) -> None:
-        """A pass without new visual tokens is about to run on a compacted cache."""
-        self._step = (ledger, -1, given)
+    def step(self, ledger: Ledger, given: Tensor | None, positions: Tensor | None) -> None:
+        """A pass without new visual tokens is about to run on a compacted cache.
+
+        Parameters
+        ----------
+        given : Tensor [B, total], optional
+            Padding mask in tokens of the full conversation.
+        positions : Tensor, optional
+            Position ids of the pass in front of the first layer.
+        """
+        self._step, self._built_for = (ledger, given, positions), -1
 
     def end(self) -> None:
         """Forget the pass."""
         self.prompt, self._step = None, None
-        self._swap, self._attention = {}, {}
+        self._swap = {}
+        self.signals.forget()
 
-    def _read_row(self, cut: int) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-            if self.prompt is None:
-                return
-            with torch.no_grad(), self.clock("compress"):
-                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                self._attention[cut] = self._last_row(module, hidden, kwargs)
-
-        return hook
-
-    def _last_row(self, attention: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Attention [B, P + L] of each row's last real token, mean over heads, float32."""
-        assert self.prompt is not None
+    def _row_views(self, layer: int) -> list[RowView]:
+        """Where things stand in every row of the present prefill; none outside of a prefill."""
         prompt = self.prompt
-        width = prompt.real.shape[1]
-        last = (width - 1 - prompt.real.flip(1).long().argmax(1))[:, None]
-        shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        cos, sin = kwargs["position_embeddings"]
-        cos, sin = (table.expand(hidden.shape[0], -1, -1) for table in (cos, sin))
-        rotate = self.host.decoder_rotary(attention)
-        q = _project(attention, "q", gather_sequence(hidden, last), (*shape[:1], 1, *shape[2:]))
-        q, _ = rotate(q, q, gather_sequence(cos, last), gather_sequence(sin, last))
-        real = prompt.keys(attention.layer_idx)
-        k = _cached_keys(kwargs.get("past_key_values"), attention.layer_idx, real.shape[1])
-        if k is None:
-            k = _project(attention, "k", hidden, shape)
-            _, k = rotate(k, k, cos, sin)
-        return last_query_attention(q, k, real.to(k.device), scale=attention.scaling)
+        if prompt is None:
+            return []
+        keys = prompt.keys(layer)
+        return [
+            RowView(prompt.visual(row), prompt.behind(row), prompt.last(row), keys[row])
+            for row in range(prompt.real.shape[0])
+        ]
 
     def _before_layer(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
             if self.prompt is not None:
                 if self.hide_positions:
                     kwargs["position_ids"] = None
-                hidden = args[0] if args else kwargs["hidden_states"]
-                for number, method in self.cuts.get(index, ()):
+                if index in self.cuts:
                     with self.clock("compress"):
-                        hidden = self._cut(index, number, method, hidden, {**kwargs, **self._swap})
-                if index > 0 and index in self.prompt.pasts and index not in self.cuts:
+                        hidden = self._cut(index, hidden, {**kwargs, **self._swap})
+                elif index in self._earlier and index > 0:
                     self._realign(index, hidden, kwargs)
                 kwargs.update(_on(self._swap, hidden.device))
-                if args:
-                    return (hidden, *args[1:]), kwargs
-                kwargs["hidden_states"] = hidden
-                return args, kwargs
-            if self._step is not None:
-                self._align_step(index, args[0] if args else kwargs["hidden_states"], kwargs)
-                return args, kwargs
-            return None
+            elif self._step is not None:
+                self._align_step(index, hidden, kwargs)
+            else:
+                return None
+            if args:
+                return (hidden, *args[1:]), kwargs
+            kwargs["hidden_states"] = hidden
+            return args, kwargs
 
         return hook
 
-    def _cut(self, layer: int, number: int, method: Method, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _cut(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Shorten the batch in front of a layer and remember what the layers from here on must be given."""
         assert self.prompt is not None
         prompt = self.prompt
-        rows, replaced = [], []
+        rows, plans = [], []
         for row in range(hidden.shape[0]):
-            order, spots, features = self._plan_row(row, layer, number, method, hidden)
-            rows.append(order)
-            replaced.append((spots, features))
-        left = bool(prompt.real[:, -1].all())
-        compaction = pad_rows(rows, prompt.real.shape[1], left)
+            visual = prompt.visual(row)
+            plan = self._plan_row(row, layer, hidden, visual, kwargs) if visual.numel() else None
+            plans.append(plan)
+            kept = [] if plan is None else [Placement(visual, plan.keep)]
+            rows.append(arrange_row(prompt.real[row], kept))
+        compaction = pad_rows(rows, prompt.real.shape[1], bool(prompt.real[:, -1].all()))
         shorter = gather_sequence(hidden, compaction.index)
-        for row, (spots, features) in enumerate(replaced):
-            if features is not None:
-                places = (torch.isin(compaction.index[row], spots) & compaction.real[row]).nonzero().flatten()
-                shorter = shorter.clone()
-                shorter[row, places.to(shorter.device)] = features.to(shorter)
+        for row, plan in enumerate(plans):
+            if plan is not None and plan.features is not None:
+                shorter = self._replace(shorter, row, prompt.visual(row)[plan.keep], plan.features, compaction)
         self._advance(compaction)
         self._record(layer)
-        self._cut_away += compaction.removed
-        self._open_span(layer)
-        self._swap = self._aligned(compaction, shorter, kwargs)
+        self._removed += compaction.removed
+        renumber = any(plan is not None and plan.positions == "renumber" for plan in plans)
+        self._swap = self._aligned(layer, compaction, shorter, kwargs, renumber)
         return shorter
 
-    def _open_span(self, layer: int) -> None:
-        """From this layer on the cache holds fewer tokens than before it."""
-        assert self.prompt is not None
-        first = max(known for known in self.removed if known <= layer)
-        self.spans[layer] = Span(self.prompt.keys(layer), self.removed[first] + self._cut_away)
+    @staticmethod
+    def _replace(hidden: Tensor, row: int, sources: Tensor, features: Tensor, compaction: Compaction) -> Tensor:
+        """States of survivors that a method replaced; ``sources`` are their positions before the cut."""
+        place = torch.full((compaction.length,), -1)
+        real = compaction.real[row].nonzero().flatten()
+        place[compaction.index[row, real]] = real
+        hidden = hidden.clone()
+        hidden[row, place[sources].to(hidden.device)] = features.to(hidden)
+        return hidden
 
-    def _realign(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """A layer whose cache was cut by an earlier turn but is not cut in this one."""
-        self._open_span(layer)
-        cache = kwargs.get("past_key_values")
-        self._swap["attention_mask"] = causal_mask(self.config, hidden, self.spans[layer].real, cache, layer)
+    def _plan_row(self, row: int, layer: int, hidden: Tensor, visual: Tensor, kwargs: dict[str, Any]) -> Plan:
+        """The method's decision for one row."""
+        _, method = self.cuts[layer]
+        sample = self._sample(row, layer, hidden, visual, kwargs)
+        plan = method.plan_decoder(sample).checked(visual.numel(), method.name)
+        if self.facts.position_axes > 1:
+            plan.positions = "original"
+        return plan
 
-    def _plan_row(
-        self, row: int, layer: int, number: int, method: Method, hidden: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Surviving positions of one row, ascending, with replaced positions and their states."""
-        assert self.prompt is not None
-        prompt = self.prompt
-        present = prompt.real[row].nonzero().flatten()
-        visual = ((prompt.tracked.patch[row] >= 0) & prompt.real[row]).nonzero().flatten()
-        if visual.numel() == 0:
-            return present, visual, None
-        sample = self._sample(row, layer, number, method, hidden, visual)
-        plan: Plan = method.plan_decoder(sample).checked(visual.numel(), method.name)
-        order = plan.keep.sort().indices
-        kept = visual[plan.keep[order]]
-        dropped = torch.zeros(prompt.real.shape[1], dtype=torch.bool)
-        dropped[visual] = True
-        dropped[kept] = False
-        features = None if plan.features is None else plan.features[order.to(plan.features.device)]
-        return present[~dropped[present]], kept, features
-
-    def _sample(
-        self, row: int, layer: int, number: int, method: Method, hidden: Tensor, visual: Tensor
-    ) -> DecoderSample:
+    def _sample(self, row: int, layer: int, hidden: Tensor, visual: Tensor, kwargs: dict[str, Any]) -> DecoderSample:
         assert self.prompt is not None
         prompt = self.prompt
-        items = [(i, item) for i, item in enumerate(prompt.items) if item.row == row]
+        number, _ = self.cuts[layer]
         item_of = prompt.tracked.item[row, visual]
-        view = torch.zeros_like(visual)
-        entered, base, budget = 0, 0, []
-        local = torch.zeros_like(visual)
-        for order, (i, item) in enumerate(items):
-            layout = item.encoded.layout
-            mine = item_of == i
-            local[mine] = order
-            view[mine] = layout.patch_view[prompt.tracked.patch[row, visual[mine]]] + base
-            entered += layout.patches
-            base += len(layout.views)
+        view, local = torch.zeros_like(visual), torch.zeros_like(visual)
+        frames, budget = 0, []
+        mine = [(i, item) for i, item in enumerate(prompt.items) if item.row == row]
+        for order, (i, item) in enumerate(mine):
+            layout, spots = item.encoded.layout, item_of == i
+            local[spots] = order
+            view[spots] = layout.patch_view[prompt.tracked.patch[row, visual[spots]]] + frames
+            frames += len(layout.views)
             if number in item.budgets:
                 counts = torch.zeros(len(layout.views), dtype=torch.long)
                 kept = item.encoded.frames_kept
                 counts[slice(None) if kept is None else kept] = item.budgets[number]
                 budget.append(counts)
-        attention = self._attention[layer][row]
-        past = attention.shape[0] - prompt.real.shape[1]
         return DecoderSample(
             hidden=hidden[row].index_select(0, visual.to(hidden.device)),
-            attention=attention.index_select(0, (visual + past).to(attention.device)),
             layer=layer,
-            entered=entered,
+            entered=prompt.entered(row),
             view=view,
             item=local,
+            signals=self.signals.read(layer, row, hidden, kwargs["position_embeddings"]),
+            memory=prompt.memory[number, row],
             budget=torch.cat(budget) if budget else None,
             facts=self.facts,
         )
@@ -295,59 +318,81 @@ class DecoderStage:
             alive = (prompt.tracked.item[row] == number) & (prompt.tracked.patch[row] >= 0)
             trace.decoder[layer] = prompt.tracked.patch[row][alive]
 
-    def _aligned(self, compaction: Compaction, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _open_span(self, layer: int) -> None:
+        """From this layer on the cache holds what the present batch holds."""
+        assert self.prompt is not None
+        before = self._earlier_span(layer)
+        removed = self._removed + (0 if before is None else before.removed)
+        offset = None if before is None else before.offset
+        if self._shift is not None:
+            offset = self._shift if offset is None else offset + self._shift
+        self.spans[layer] = Span(self.prompt.keys(layer), removed, offset)
+
+    def _earlier_span(self, layer: int) -> Span | None:
+        known = [first for first in self._earlier if first <= layer]
+        return self._earlier[max(known)] if known else None
+
+    def _aligned(
+        self, layer: int, compaction: Compaction, hidden: Tensor, kwargs: dict[str, Any], renumber: bool
+    ) -> dict[str, Any]:
         """Mask, rotary tables and positions for the shortened batch."""
-        layer = max(self.spans)
-        real = self.spans[layer].real
-        cos, sin = kwargs["position_embeddings"]
-        batch = hidden.shape[0]
-        swap: dict[str, Any] = {
-            "attention_mask": causal_mask(self.config, hidden, real, kwargs.get("past_key_values"), layer),
-            "position_embeddings": tuple(
-                gather_sequence(table.expand(batch, -1, -1), compaction.index) for table in (cos, sin)
-            ),
+        assert self.prompt is not None
+        prompt, batch = self.prompt, hidden.shape[0]
+        tables = tuple(
+            gather_sequence(table.expand(batch, -1, -1), compaction.index) for table in kwargs["position_embeddings"]
+        )
+        before = prompt.positions
+        if before is not None:
+            prompt.positions = gather_positions(before, compaction.index)
+            if renumber:
+                prompt.positions = renumbered(before, compaction)
+                shift = (before.amax(1, keepdim=True) - prompt.positions.amax(1, keepdim=True)).cpu()
+                self._shift = shift if self._shift is None else self._shift + shift
+                tables = self.text_model.rotary_emb(hidden, prompt.positions.to(hidden.device))
+        self._open_span(layer)
+        cache = kwargs.get("past_key_values")
+        swap = {
+            "attention_mask": causal_mask(self.config, hidden, self.spans[layer].real, cache, layer),
+            "position_embeddings": tables,
             "position_ids": None,
         }
         positions = kwargs.get("position_ids")
         if positions is not None and not self._packs_by_position:
-            swap["position_ids"] = gather_positions(positions, compaction.index)
+            swap["position_ids"] = prompt.positions if renumber else gather_positions(positions, compaction.index)
         return swap
+
+    def _realign(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """A layer whose cache was cut by an earlier turn but is not cut in this one."""
+        assert self.prompt is not None
+        self._open_span(layer)
+        span, cache = self.spans[layer], kwargs.get("past_key_values")
+        self._swap["attention_mask"] = causal_mask(self.config, hidden, span.real, cache, layer)
+        if span.offset is not None and self.prompt.positions is not None:
+            self._swap["position_embeddings"] = self._shifted(self.prompt.positions, span.offset, hidden)
+
+    def _shifted(self, positions: Tensor, offset: Tensor, hidden: Tensor) -> Any:
+        """Rotary tables for positions that these layers count lower."""
+        return self.text_model.rotary_emb(hidden, positions.to(hidden.device) - offset.to(hidden.device))
 
     @property
     def _packs_by_position(self) -> bool:
         return "flash" in str(getattr(self.config, "_attn_implementation", ""))
 
     def _align_step(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Give a layer behind a cut the mask of its own, shorter cache."""
+        """Give a layer behind a cut the mask of its own, shorter cache, and its own positions."""
         assert self._step is not None
-        ledger, built_for, given = self._step
+        ledger, given, positions = self._step
         first = max(layer for layer in ledger.spans if layer <= index)
         if first == 0:
             return
-        if built_for != first:
-            span = ledger.spans[first]
-            cache = kwargs["past_key_values"]
+        if self._built_for != first:
+            span, cache = ledger.spans[first], kwargs["past_key_values"]
             mask = span.mask(int(cache.layers[first].get_seq_length()) + hidden.shape[1], given)
             self._swap = {"attention_mask": causal_mask(self.config, hidden, mask, cache, first)}
-            self._step = (ledger, first, given)
+            if span.offset is not None and positions is not None:
+                self._swap["position_embeddings"] = self._shifted(positions, span.offset, hidden)
+            self._built_for = first
         kwargs.update(_on(self._swap, hidden.device))
-
-
-def _project(attention: Any, part: str, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Queries or keys [B, heads, length, d] of some states, behind the per-head norm where there is one."""
-    projected = getattr(attention, f"{part}_proj")(hidden).view(shape)
-    norm = getattr(attention, f"{part}_norm", None)
-    return (projected if norm is None else norm(projected)).transpose(1, 2)
-
-
-def _cached_keys(cache: Any, layer: int, length: int) -> Tensor | None:
-    """Rotated keys of a layer from its cache, or None when the cache does not hold them in full precision."""
-    if cache is None or len(cache.layers) <= layer:
-        return None
-    keys = getattr(cache.layers[layer], "keys", None)
-    if not isinstance(keys, Tensor) or keys.shape[-2] < length:
-        return None
-    return keys[..., :length, :]
 
 
 def _on(swap: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -26,10 +26,13 @@ class Span:
         Which of the P entries at the time of the last compaction are real.
     removed
         Tokens of the full conversation that these layers do not hold (in the padded batch).
+    offset : Tensor [B, 1], optional
+        How much smaller the positions of coming tokens are in these layers than in front of the first one.
     """
 
     real: Tensor
     removed: int
+    offset: Tensor | None = None
 
     @property
     def ragged(self) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tokensieve.core.layout import Layout
 from tokensieve.core.plan import Plan, Positions, join_views
-from tokensieve.core.sample import DecoderSample, FrameSample, HostFacts, TokenSample
+from tokensieve.core.sample import DecoderSample, FrameSample, HostFacts, PromptSample, TokenSample
 from tokensieve.errors import MethodError, RetentionError
 from tokensieve.ops.allocate import keep_count
 
@@ -77,6 +77,14 @@ class Method:
     def decoder_layers(self, facts: HostFacts) -> tuple[int, ...]:
         """Decoder layers (from zero) in front of which `plan_decoder` is called; () for none."""
         return ()
+
+    def decoder_signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Decoder signals that `plan_decoder` reads."""
+        return ("decoder.last_query_attention",)
+
+    def read_prompt(self, sample: PromptSample) -> dict[str, Any]:
+        """What `plan_decoder` wants to remember of a prompt; called in front of the first layer."""
+        return {}
 
     def check_host(self, facts: HostFacts) -> None:
         """Raise MethodError when the options do not fit the host (for example a layer it does not have)."""

@@ -172,7 +172,7 @@ class Run:
         """Plan every item, shorten the sequence and hand the batch to the decoder stage."""
         embeds = kwargs["inputs_embeds"]
         batch, length = embeds.shape[:2]
-        pasts, earlier, seen = _past_masks(cache, ledger, batch, kwargs.get("attention_mask"), length)
+        pasts, seen = _past_masks(cache, ledger, batch, kwargs.get("attention_mask"), length)
         given = padding_mask(kwargs.get("attention_mask"), batch, seen + length)
         real = torch.ones(batch, length, dtype=torch.bool) if given is None else given[:, -length:]
         with self.clock("compress"):
@@ -189,8 +189,10 @@ class Run:
         kwargs["attention_mask"] = keys.to(embeds.device)
         self.history.append(trace)
         self._compaction = compaction
-        prompt = Prompt(compaction.real, pasts, tracked, items, trace)
-        self._decoder.begin(prompt, compaction.removed, earlier)
+        single = positions if positions is not None and positions.ndim == 2 else None
+        prompt = Prompt(compaction.real, pasts, tracked, items, trace, single)
+        earlier = dict(ledger.spans) if ledger is not None else {}
+        self._decoder.begin(prompt, compaction.removed, earlier, kwargs["inputs_embeds"])
         self._fresh = (offset, keys)
         return kwargs
 
@@ -262,9 +264,6 @@ class Run:
             kwargs["attention_mask"] = span.mask(physical, given).to(embeds.device)
         else:
             kwargs["attention_mask"] = None
-        # One query on growing, unpadded caches needs no mask at any layer; everything else does.
-        if kwargs["attention_mask"] is not None or length > 1 or is_preallocated(cache):
-            self._decoder.step(ledger, given)
         positions = kwargs.get("position_ids")
         if positions is None and self.facts.position_axes == 1:
             start = physical - length + span.removed
@@ -274,6 +273,10 @@ class Run:
         if positions is not None and positions.ndim == 2 and ledger.offset is not None:
             positions = positions - ledger.offset.to(positions.device)
         kwargs["position_ids"] = positions
+        # One query on growing, unpadded caches needs no mask at any layer; everything else does.
+        shifted = any(s.offset is not None for s in ledger.spans.values())
+        if shifted or kwargs["attention_mask"] is not None or length > 1 or is_preallocated(cache):
+            self._decoder.step(ledger, given, positions)
         return kwargs
 
     def _after_llm(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -318,8 +321,8 @@ class Run:
 
 def _past_masks(
     cache: Any, ledger: Ledger | None, batch: int, given: Any, length: int
-) -> tuple[dict[int, Tensor], dict[int, int], int]:
-    """Padding masks of the cached entries by first layer, tokens missing from them, and the length seen so far."""
+) -> tuple[dict[int, Tensor], int]:
+    """Padding masks of the cached entries by first layer, and the length of the conversation so far."""
     if ledger is not None:
         first = ledger.spans[0]
         seen = int(cache.layers[0].get_seq_length()) + first.removed
@@ -328,11 +331,11 @@ def _past_masks(
         pasts = {
             layer: span.mask(int(cache.layers[layer].get_seq_length()), past) for layer, span in ledger.spans.items()
         }
-        return pasts, {layer: span.removed for layer, span in ledger.spans.items()}, seen
+        return pasts, seen
     seen = int(cache.get_seq_length()) if cache is not None else 0
     mask = padding_mask(given, batch, seen + length)
     past = torch.ones(batch, seen, dtype=torch.bool) if mask is None else mask[:, :seen]
-    return {0: past}, {0: 0}, seen
+    return {0: past}, seen
 
 
 def base_model(model: nn.Module) -> nn.Module:

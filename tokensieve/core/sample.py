@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,22 @@ class TokenSample:
 
 
 @dataclass
+class PromptSample:
+    """Inputs of the LLM for one prompt row, in front of its first layer.
+
+    Attributes
+    ----------
+    visual : Tensor [V, D]
+        Visual patch tokens that enter the LLM.
+    text : Tensor [T, D]
+        Embeddings of the text behind the last visual token.
+    """
+
+    visual: Tensor
+    text: Tensor
+
+
+@dataclass
 class DecoderSample:
     """The visual tokens of one prompt row in front of one decoder layer.
 
@@ -117,23 +134,37 @@ class DecoderSample:
     ----------
     hidden : Tensor [n, D]
         States of the visual patch tokens still alive, in reading order.
-    attention : Tensor [n]
-        Attention of the last prompt token to them in the layer before, mean over heads, float32.
     layer
         Index of the decoder layer that will run on what is kept.
     entered
-        Number of visual patch tokens of the row before any compression.
+        Number of visual patch tokens of the row that entered the LLM.
     view, item : Tensor [n]
         Frame (counted over all items of the row) and item of every token.
+    signals
+        Requested decoder signals by name; those over ``n + T`` tokens hold the visual ones first.
+    memory
+        What the method remembered of this row: of its prompt, and at earlier cuts.
     budget : Tensor [frames], optional
         Number of tokens every frame of the row may keep, when a frame-budget module allocates.
     """
 
     hidden: Tensor
-    attention: Tensor
     layer: int
     entered: int
     view: Tensor
     item: Tensor
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     budget: Tensor | None = None
     facts: HostFacts | None = None
+
+    @property
+    def attention(self) -> Tensor:
+        """Attention of the last prompt token in the layer before, mean over heads, float32 [n]."""
+        return self.signal("decoder.last_query_attention")
+
+    def signal(self, name: str) -> Tensor:
+        """A requested signal, or a MethodError that names it."""
+        if name not in self.signals:
+            raise MethodError(f"The signal {name!r} was not requested or not provided.")
+        return self.signals[name]

@@ -72,6 +72,31 @@ SIGNALS: dict[str, Signal] = {
             "heads; one row, recomputed from queries and keys.",
         ),
         Signal(
+            "decoder.text_attention",
+            "decoder",
+            "[H, T, n]",
+            "Attention of the text behind the visual tokens to them in the decoder layer before the cut, head by head.",
+        ),
+        Signal(
+            "decoder.next_last_query_attention",
+            "decoder",
+            "[n]",
+            "Attention of the last prompt token to a visual token as the layer behind the cut would compute it, mean "
+            "over heads.",
+        ),
+        Signal(
+            "decoder.keys",
+            "decoder",
+            "[n + T, d]",
+            "Rotated keys of the visual tokens and of the text behind them in the layer before the cut, heads joined.",
+        ),
+        Signal(
+            "decoder.normed_states",
+            "decoder",
+            "[n + T, D]",
+            "States in front of the cut behind the final norm, of the visual tokens and of the text behind them.",
+        ),
+        Signal(
             "decoder.hidden_states",
             "decoder",
             "[n, D]",

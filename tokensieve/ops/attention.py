@@ -223,3 +223,26 @@ def last_query_attention(
         logits = logits.masked_fill(~mask.bool().unsqueeze(1), float("-inf"))
     attention = logits.softmax(dim=-1)
     return attention.mean(dim=1) if reduce_heads else attention
+
+
+def query_attention(q: Tensor, k: Tensor, mask: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attention of some queries to all tokens, head by head.
+
+    Parameters
+    ----------
+    q : Tensor
+        ``[B, H, r, d]`` rotated queries.
+    k : Tensor
+        ``[B, H_kv, L, d]`` rotated keys.
+    mask : Tensor
+        ``[B, r, L]`` bool, true where a query may look; every query must see at least one key.
+    scale : float, optional
+        Factor of the logits; ``d ** -0.5`` by default.
+
+    Returns
+    -------
+    Tensor
+        ``[B, H, r, L]``, rows summing to 1; float32 (float64 for float64 input).
+    """
+    logits = _logits(q, k, _default_scale(q, scale))
+    return logits.masked_fill(~mask.bool().unsqueeze(1), float("-inf")).softmax(dim=-1)

@@ -1,0 +1,188 @@
+"""What methods may know of a decoder layer, recomputed for a few rows from queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.hosts.base import Host
+from tokensieve.ops.attention import query_attention
+
+LAST = "decoder.last_query_attention"
+TEXT = "decoder.text_attention"
+NEXT_LAST = "decoder.next_last_query_attention"
+KEYS = "decoder.keys"
+NORMED = "decoder.normed_states"
+
+
+@dataclass
+class RowView:
+    """Where things stand in one row of the present batch.
+
+    Attributes
+    ----------
+    visual : Tensor [n]
+        Positions of the visual patch tokens.
+    behind : Tensor [T]
+        Positions of the text tokens behind the last visual token.
+    last
+        Position of the last real token.
+    keys : Tensor [P + L]
+        Padding mask of the keys that the row attends to.
+    """
+
+    visual: Tensor
+    behind: Tensor
+    last: int
+    keys: Tensor
+
+
+@dataclass
+class DecoderSignals:
+    """Collects the requested signals in front of the cuts of one prefill.
+
+    Attributes
+    ----------
+    rows
+        Called for a layer, gives the `RowView` of every row.
+    """
+
+    host: Host
+    text_model: Any
+    layers: Sequence[Any]
+    wanted: dict[int, set[str]]
+    rows: Callable[[int], list[RowView]]
+    clock: Callable[[str], Any]
+    _found: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)
+
+    def listen(self) -> list[Any]:
+        """Hooks on the attention of the layers in front of the cuts."""
+        return [
+            self.layers[cut - 1].self_attn.register_forward_hook(self._hook(cut), with_kwargs=True)
+            for cut in self.wanted
+        ]
+
+    def forget(self) -> None:
+        """Drop what the last prefill left."""
+        self._found = {}
+
+    def read(self, cut: int, row: int, hidden: Tensor, tables: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Signals of one row at a cut.
+
+        Parameters
+        ----------
+        hidden : Tensor [B, L, D]
+            States in front of layer ``cut``.
+        tables
+            Rotary tables of that layer, [B or 1, L, d].
+        """
+        found = dict(self._found.get(cut, [{}] * hidden.shape[0])[row])
+        wanted, view = self.wanted[cut], self.rows(cut)[row]
+        if NEXT_LAST in wanted:
+            layer = self.layers[cut]
+            normed = layer.input_layernorm(hidden[row : row + 1])
+            rows = torch.tensor([view.last])
+            attention = self._attention(layer.self_attn, normed, _row(tables, row), rows, view.keys, None, row)
+            found[NEXT_LAST] = attention.mean(0)[0, _columns(view, hidden)]
+        if NORMED in wanted:
+            places = torch.cat((view.visual, view.behind)).to(hidden.device)
+            found[NORMED] = self.text_model.norm(hidden[row].index_select(0, places))
+        return found
+
+    def _hook(self, cut: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+            views = self.rows(cut - 1)
+            if not views:
+                return
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            with torch.no_grad(), self.clock("compress"):
+                self._found[cut] = [
+                    self._behind_layer(cut, row, view, module, hidden, kwargs) for row, view in enumerate(views)
+                ]
+
+        return hook
+
+    def _behind_layer(
+        self, cut: int, row: int, view: RowView, module: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        wanted, found = self.wanted[cut], {}
+        if view.visual.numel() == 0:
+            return found
+        tables, cache = _row(kwargs["position_embeddings"], row), kwargs.get("past_key_values")
+        columns = _columns(view, hidden)
+        one = hidden[row : row + 1]
+        if LAST in wanted:
+            rows = torch.tensor([view.last])
+            attention = self._attention(module, one, tables, rows, view.keys, cache, row)
+            found[LAST] = attention.mean(0)[0, columns]
+        if TEXT in wanted:
+            attention = self._attention(module, one, tables, view.behind, view.keys, cache, row)
+            found[TEXT] = attention[:, :, columns]
+        if KEYS in wanted:
+            keys = self._keys(module, one, tables, view.keys, cache, row)
+            past = view.keys.numel() - hidden.shape[1]
+            places = (torch.cat((view.visual, view.behind)) + past).to(keys.device)
+            found[KEYS] = keys[0].transpose(0, 1).flatten(1).index_select(0, places)
+        return found
+
+    def _attention(
+        self,
+        module: Any,
+        hidden: Tensor,
+        tables: tuple[Tensor, Tensor],
+        rows: Tensor,
+        keys: Tensor,
+        cache: Any,
+        row: int,
+    ) -> Tensor:
+        """Attention [H, r, P + L] of some queries of one row ``hidden [1, L, D]``, float32."""
+        places = rows.to(hidden.device)
+        cos, sin = (table.index_select(1, places.to(table.device)) for table in tables)
+        q = _project(module, "q", hidden.index_select(1, places))
+        q, _ = self.host.decoder_rotary(module)(q, q, cos, sin)
+        k = self._keys(module, hidden, tables, keys, cache, row)
+        past = keys.numel() - hidden.shape[1]
+        visible = keys[None] & (torch.arange(keys.numel())[None] <= past + rows[:, None])
+        return query_attention(q, k, visible[None].to(k.device), scale=module.scaling)[0]
+
+    def _keys(
+        self, module: Any, hidden: Tensor, tables: tuple[Tensor, Tensor], keys: Tensor, cache: Any, row: int
+    ) -> Tensor:
+        """Rotated keys [1, H_kv, P + L, d] of one row: from the cache where it holds them, or projected again."""
+        cached = _cached_keys(cache, module.layer_idx, keys.numel())
+        if cached is not None:
+            return cached[row : row + 1]
+        k = _project(module, "k", hidden)
+        return self.host.decoder_rotary(module)(k, k, *tables)[1]
+
+
+def _columns(view: RowView, hidden: Tensor) -> Tensor:
+    """Key columns of the visual tokens."""
+    return (view.visual + view.keys.numel() - hidden.shape[1]).to(hidden.device)
+
+
+def _row(tables: tuple[Tensor, Tensor], row: int) -> tuple[Tensor, Tensor]:
+    """Rotary tables of one row, [1, L, d]."""
+    cos, sin = (table if table.shape[0] == 1 else table[row : row + 1] for table in tables)
+    return cos, sin
+
+
+def _project(attention: Any, part: str, hidden: Tensor) -> Tensor:
+    """Queries or keys [B, heads, length, d] of some states, behind the per-head norm where there is one."""
+    projected = getattr(attention, f"{part}_proj")(hidden).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{part}_norm", None)
+    return (projected if norm is None else norm(projected)).transpose(1, 2)
+
+
+def _cached_keys(cache: Any, layer: int, length: int) -> Tensor | None:
+    """Rotated keys of a layer from its cache, or None when the cache does not hold them in full precision."""
+    if cache is None or len(cache.layers) <= layer:
+        return None
+    keys = getattr(cache.layers[layer], "keys", None)
+    if not isinstance(keys, Tensor) or keys.shape[-2] < length:
+        return None
+    return keys[..., :length, :]
