@@ -109,7 +109,8 @@ class DecoderSignals:
     def _behind_layer(
         self, cut: int, row: int, view: RowView, module: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> dict[str, Tensor]:
-        wanted, found = self.wanted[cut], {}
+        wanted = self.wanted[cut]
+        found: dict[str, Tensor] = {}
         if view.visual.numel() == 0:
             return found
         tables, cache = _row(kwargs["position_embeddings"], row), kwargs.get("past_key_values")

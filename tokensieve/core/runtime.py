@@ -18,11 +18,12 @@ from tokensieve.core.compactor import (
     gather_sequence,
     renumbered,
 )
-from tokensieve.core.decoder import DecoderStage, Prompt
+from tokensieve.core.decoder import DecoderStage
 from tokensieve.core.ledger import Ledger
 from tokensieve.core.masks import is_preallocated, padding_mask
 from tokensieve.core.method import Method
 from tokensieve.core.prefill import Planner, PromptItem, compact, locate
+from tokensieve.core.prompt_state import Prompt
 from tokensieve.core.signals import SignalRequest
 from tokensieve.core.tap import EncoderTap
 from tokensieve.core.trace import Clock, PrefillTrace
