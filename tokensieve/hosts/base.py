@@ -90,9 +90,10 @@ class Host:
             return "absent"
         if name in ("encoder.class_attention", "encoder.patch_attention", "encoder.given_attention"):
             return "recomputed" if self.tower(base).class_token else "absent"
-        if name in ("encoder.received_attention", "encoder.mean_key", "decoder.last_query_attention"):
-            return "recomputed"
-        return "native" if name in SIGNALS else "absent"
+        if name not in SIGNALS:
+            return "absent"
+        native = ("tokens.features", "decoder.hidden_states", "frames.count")
+        return "native" if name in native else "recomputed"
 
     def why_absent(self, name: str) -> str:
         """One clause on why a signal does not exist here."""
