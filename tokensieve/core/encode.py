@@ -64,3 +64,11 @@ class EncodeCall:
         """Name of the argument that holds the pixels; transformers 5.17 calls it alike for both modalities."""
         names = ("pixel_values_videos", "pixel_values") if self.modality == "video" else ("pixel_values",)
         return next(name for name in names if name in self.arguments)
+
+    def forget_pixels(self) -> None:
+        """Let go of the pixels once they are encoded; features may live long, pixels need not."""
+        key = self.pixel_key
+        self.arguments = {name: value for name, value in self.arguments.items() if name != key}
+        for item in self.items:
+            if item.fewer is not None and item.fewer[0] is not self and key in item.fewer[0].arguments:
+                item.fewer[0].forget_pixels()

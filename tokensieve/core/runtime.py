@@ -74,6 +74,7 @@ class Run:
         gaps = self.positions == "original" and bool(deciding)
         self._decoder = DecoderStage(self.base, host, self.facts, decoder_methods, gaps, self.clock)
         self._handles: list[Any] = []
+        self._own_loss: Any = None
         self._ids: Tensor | None = None
         self._arguments: dict[str, Any] = {}
         self._compaction: Compaction | None = None
@@ -87,8 +88,18 @@ class Run:
         if _MARK in vars(self.model):
             raise MethodError("This model already has a method attached; detach it first, or compose methods with '+'.")
         setattr(self.model, _MARK, self)
+        try:
+            self._install()
+        except Exception:
+            self.detach()
+            raise
+        self.memory.start()
+        return self
+
+    def _install(self) -> None:
         text = self.host.text_model(self.base)
         self._signature = inspect.signature(self.base.forward)
+        self._wrap_loss()
         self._tap.attach()
         self._decoder.attach()
         self._handles = [
@@ -97,9 +108,6 @@ class Run:
             text.register_forward_pre_hook(self._before_llm, with_kwargs=True),
             text.register_forward_hook(self._after_llm, with_kwargs=True, always_call=True),
         ]
-        self._wrap_loss()
-        self.memory.start()
-        return self
 
     def detach(self) -> None:
         """Remove the hooks and restore the model; harmless when nothing is attached."""
@@ -298,11 +306,10 @@ class Run:
 
     def _wrap_loss(self) -> None:
         """Let the loss compare logits of a shortened sequence with equally shortened labels."""
-        self._had_loss = "_loss_function" in vars(self.model)
+        self._own_loss = vars(self.model).get("_loss_function")
         original = getattr(self.model, "loss_function", None)
         if original is None:
             return
-        self._original_loss = original
 
         def loss(*args: Any, **kwargs: Any) -> Any:
             labels, compaction = kwargs.get("labels"), self._compaction
@@ -314,8 +321,8 @@ class Run:
         vars(self.model)["_loss_function"] = loss
 
     def _unwrap_loss(self) -> None:
-        if self._had_loss:
-            vars(self.model)["_loss_function"] = self._original_loss
+        if self._own_loss is not None:
+            vars(self.model)["_loss_function"] = self._own_loss
         else:
             vars(self.model).pop("_loss_function", None)
 

@@ -115,6 +115,7 @@ class EncoderTap:
                     output = self._run(original, call)
             finally:
                 self._active = None
+            call.forget_pixels()
             self.pending[modality] = call
             if not isinstance(output, tuple):
                 setattr(output, _CALL, call)
