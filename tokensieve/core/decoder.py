@@ -175,7 +175,9 @@ class DecoderStage:
     def _cut(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Shorten the batch in front of a layer and remember what the layers from here on must be given."""
         assert self.prompt is not None
-        prompt = self.prompt
+        prompt, offset = self.prompt, self._earlier_offset(layer)
+        if offset is not None and prompt.positions is not None:
+            kwargs["position_embeddings"] = self._shifted(prompt.positions, offset, hidden)
         rows, plans = [], []
         for row in range(hidden.shape[0]):
             visual = prompt.visual(row)
@@ -238,7 +240,7 @@ class DecoderStage:
             entered=prompt.entered(row),
             view=view,
             item=local,
-            signals=self.signals.read(layer, row, hidden, kwargs["position_embeddings"]),
+            signals=self.signals.read(layer, row, hidden, kwargs["position_embeddings"], kwargs.get("past_key_values")),
             memory=prompt.memory[number, row],
             budget=torch.cat(budget) if budget else None,
             facts=self.facts,
@@ -292,7 +294,8 @@ class DecoderStage:
                 prompt.positions = renumbered(before, compaction)
                 shift = (before.amax(1, keepdim=True) - prompt.positions.amax(1, keepdim=True)).cpu()
                 self._shift = shift if self._shift is None else self._shift + shift
-                tables = self.text_model.rotary_emb(hidden, prompt.positions.to(hidden.device))
+                offset = self._earlier_offset(layer)
+                tables = self._shifted(prompt.positions, 0 if offset is None else offset, hidden)
         self._open_span(layer)
         cache = kwargs.get("past_key_values")
         swap = {
@@ -311,12 +314,19 @@ class DecoderStage:
         self._open_span(layer)
         span, cache = self.spans[layer], kwargs.get("past_key_values")
         self._swap["attention_mask"] = causal_mask(self.config, hidden, span.real, cache, layer)
-        if span.offset is not None and self.prompt.positions is not None:
-            self._swap["position_embeddings"] = self._shifted(self.prompt.positions, span.offset, hidden)
+        offset = self._earlier_offset(layer)
+        if offset is not None and self.prompt.positions is not None:
+            self._swap["position_embeddings"] = self._shifted(self.prompt.positions, offset, hidden)
 
-    def _shifted(self, positions: Tensor, offset: Tensor, hidden: Tensor) -> Any:
+    def _earlier_offset(self, layer: int) -> Tensor | None:
+        """How much lower earlier turns made a layer count; what this prompt changes is in its own positions."""
+        before = self._earlier_span(layer)
+        return None if before is None else before.offset
+
+    def _shifted(self, positions: Tensor, offset: Tensor | int, hidden: Tensor) -> Any:
         """Rotary tables for positions that these layers count lower."""
-        return self.text_model.rotary_emb(hidden, positions.to(hidden.device) - offset.to(hidden.device))
+        lower = positions - (offset if isinstance(offset, int) else offset.to(positions.device))
+        return self.text_model.rotary_emb(hidden, lower.to(hidden.device))
 
     @property
     def _packs_by_position(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokensieve.errors import HostError
 from tokensieve.hosts.base import Host
 from tokensieve.ops.attention import query_attention
 
@@ -70,7 +71,9 @@ class DecoderSignals:
         """Drop what the last prefill left."""
         self._found = {}
 
-    def read(self, cut: int, row: int, hidden: Tensor, tables: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def read(
+        self, cut: int, row: int, hidden: Tensor, tables: tuple[Tensor, Tensor], cache: Any = None
+    ) -> dict[str, Tensor]:
         """Signals of one row at a cut.
 
         Parameters
@@ -79,6 +82,8 @@ class DecoderSignals:
             States in front of layer ``cut``.
         tables
             Rotary tables of that layer, [B or 1, L, d].
+        cache
+            The model's cache, for what layer ``cut`` holds of earlier turns.
         """
         found = dict(self._found.get(cut, [{}] * hidden.shape[0])[row])
         wanted, view = self.wanted[cut], self.rows(cut)[row]
@@ -86,7 +91,7 @@ class DecoderSignals:
             layer = self.layers[cut]
             normed = layer.input_layernorm(hidden[row : row + 1])
             rows = torch.tensor([view.last])
-            attention = self._attention(layer.self_attn, normed, _row(tables, row), rows, view.keys, None, row)
+            attention = self._attention(layer.self_attn, normed, _row(tables, row), rows, view.keys, cache, row, True)
             found[NEXT_LAST] = attention.mean(0)[0, _columns(view, hidden)]
         if NORMED in wanted:
             places = torch.cat((view.visual, view.behind)).to(hidden.device)
@@ -139,26 +144,47 @@ class DecoderSignals:
         keys: Tensor,
         cache: Any,
         row: int,
+        ahead: bool = False,
     ) -> Tensor:
-        """Attention [H, r, P + L] of some queries of one row ``hidden [1, L, D]``, float32."""
+        """Attention [H, r, P + L] of some queries of one row ``hidden [1, L, D]``, float32; see `_keys`."""
         places = rows.to(hidden.device)
         cos, sin = (table.index_select(1, places.to(table.device)) for table in tables)
         q = _project(module, "q", hidden.index_select(1, places))
         q, _ = self.host.decoder_rotary(module)(q, q, cos, sin)
-        k = self._keys(module, hidden, tables, keys, cache, row)
+        k = self._keys(module, hidden, tables, keys, cache, row, ahead)
         past = keys.numel() - hidden.shape[1]
         visible = keys[None] & (torch.arange(keys.numel())[None] <= past + rows[:, None])
         return query_attention(q, k, visible[None].to(k.device), scale=module.scaling)[0]
 
     def _keys(
-        self, module: Any, hidden: Tensor, tables: tuple[Tensor, Tensor], keys: Tensor, cache: Any, row: int
+        self,
+        module: Any,
+        hidden: Tensor,
+        tables: tuple[Tensor, Tensor],
+        keys: Tensor,
+        cache: Any,
+        row: int,
+        ahead: bool = False,
     ) -> Tensor:
-        """Rotated keys [1, H_kv, P + L, d] of one row: from the cache where it holds them, or projected again."""
-        cached = _cached_keys(cache, module.layer_idx, keys.numel())
+        """Rotated keys [1, H_kv, P + L, d] of one row: from the cache where it holds them, or projected again.
+
+        ``ahead`` tells that the layer has not run yet, so that its cache holds earlier turns at most.
+        """
+        cached = None if ahead else _cached_keys(cache, module.layer_idx, keys.numel())
         if cached is not None:
             return cached[row : row + 1]
         k = _project(module, "k", hidden)
-        return self.host.decoder_rotary(module)(k, k, *tables)[1]
+        k = self.host.decoder_rotary(module)(k, k, *tables)[1]
+        past = keys.numel() - hidden.shape[1]
+        if past == 0:
+            return k
+        before = _cached_keys(cache, module.layer_idx, past)
+        if before is None:
+            raise HostError(
+                "The cache does not give out the keys of earlier turns in full precision, which this method ranks "
+                "by; use a DynamicCache, or start the conversation anew."
+            )
+        return torch.cat((before[row : row + 1].to(k), k), dim=2)
 
 
 def _columns(view: RowView, hidden: Tensor) -> Tensor:
