@@ -1,0 +1,289 @@
+"""ToMe: tokens of a vision transformer merged by the similarity of their keys, a few in every block.
+
+Based on "Token Merging: Your ViT But Faster" (arXiv 2210.09461, ICLR 2023). Between attention and feed-forward part
+of every block, tokens at even places propose the token at an odd place with the most similar key; the best r
+proposals are accepted and averaged by the number of patches each token stands for. Attention logits get the
+logarithm of that number, so that a merged token counts as often as its patches.
+
+Inside the encoder the method is here as functions. The registered method applies the same merging to the projected
+tokens in front of the LLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokensieve.core.layout import Layout
+from tokensieve.core.method import Fidelity, Kind, Method, Stage
+from tokensieve.core.plan import Plan
+from tokensieve.core.registry import register
+from tokensieve.core.sample import HostFacts, TokenSample
+from tokensieve.errors import MethodError
+from tokensieve.ops.allocate import keep_count
+from tokensieve.ops.bipartite import (
+    TokenGroups,
+    alternate_match,
+    chain_groups,
+    identity_groups,
+    merge_groups,
+    unmerge_groups,
+)
+from tokensieve.ops.merge import MergedTokens, MergeMap
+from tokensieve.ops.similarity import as_float32
+
+KEYS = "encoder.mean_key@feature"
+Attend = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Feed = Callable[[Tensor], Tensor]
+
+
+class MergeState(NamedTuple):
+    """What merged tokens stand for, carried from block to block.
+
+    Attributes
+    ----------
+    size : Tensor
+        ``[B, T]`` float32 number of patches of every token.
+    groups : TokenGroups
+        Partition of the tokens that entered the first block.
+    """
+
+    size: Tensor
+    groups: TokenGroups
+
+
+def merge_schedule(layers: int, r: int | Sequence[int], inflect: float = 0.0) -> list[int]:
+    """Tokens to remove in every block ("r schedules").
+
+    Parameters
+    ----------
+    layers : int
+        L, blocks.
+    r : int or sequence of int
+        Mean number per block, or the numbers themselves; missing blocks remove none.
+    inflect : float
+        0 constant, -1 falling from 2r to 0 (the paper's decreasing schedule), 1 rising.
+
+    Returns
+    -------
+    list of int
+        L numbers, fractions cut off.
+
+    Raises
+    ------
+    MethodError
+        If a sequence has more entries than there are blocks, or there is no block.
+    """
+    if layers < 1 or (not isinstance(r, int) and len(r) > layers):
+        raise MethodError(f"a schedule for {layers} blocks needs at least one block and at most one number for each.")
+    if not isinstance(r, int):
+        return [*r, *[0] * (layers - len(r))]
+    low = int(r * (1 - inflect))
+    step = (2 * r - low - low) / max(layers - 1, 1)
+    return [int(low + step * layer) for layer in range(layers)]
+
+
+def tokens_after(tokens: int, schedule: Sequence[int], protected: int = 0) -> list[int]:
+    """Tokens behind every block; at most half of those that are not protected are removed in one block."""
+    counts = []
+    for r in schedule:
+        tokens -= max(0, min(r, (tokens - protected) // 2))
+        counts.append(tokens)
+    return counts
+
+
+def initial_state(batch: int, tokens: int, device: torch.device | None = None) -> MergeState:
+    """Every token stands for itself."""
+    return MergeState(torch.ones(batch, tokens, device=device), identity_groups(batch, tokens, device))
+
+
+def merge_weighted(values: Tensor, size: Tensor, groups: TokenGroups) -> tuple[Tensor, Tensor]:
+    """Mean of every group weighted by sizes, and the new sizes (step 8).
+
+    Parameters
+    ----------
+    values : Tensor
+        ``[B, T, C]``.
+    size : Tensor
+        ``[B, T]``, positive.
+    groups : TokenGroups
+        Partition of the T tokens.
+
+    Returns
+    -------
+    merged : Tensor
+        ``[B, M, C]`` in the dtype of ``values``.
+    size : Tensor
+        ``[B, M]``.
+    """
+    weights = as_float32(size).unsqueeze(2)
+    total = merge_groups(weights, groups, "sum")
+    merged = merge_groups(as_float32(values) * weights, groups, "sum") / total
+    return merged.to(values.dtype), total.squeeze(2)
+
+
+def source_map(groups: TokenGroups) -> Tensor:
+    """Which tokens each output is made of (step 9): bool ``[B, M, T]``, one True in every column."""
+    outputs = torch.arange(groups.source.shape[1], device=groups.group.device)
+    return groups.group.unsqueeze(1) == outputs.unsqueeze(1)
+
+
+def proportional_bias(size: Tensor) -> Tensor:
+    """Term ``[B, 1, 1, T]`` to add to attention logits: the logarithm of the sizes of the keys (step 10)."""
+    return as_float32(size).log()[:, None, None, :]
+
+
+def merge_block(
+    values: Tensor,
+    state: MergeState,
+    attend: Attend,
+    feed: Feed,
+    r: int,
+    *,
+    class_token: bool = False,
+    distill_token: bool = False,
+    proportional: bool = True,
+) -> tuple[Tensor, MergeState]:
+    """One transformer block with merging between its two parts (steps 10 to 12).
+
+    Parameters
+    ----------
+    values : Tensor
+        ``[B, T, C]`` tokens that enter the block.
+    state : MergeState
+        From the block before, or `initial_state`.
+    attend : callable
+        ``(values, bias) -> (update, keys)``: output ``[B, T, C]`` of norm and attention with the bias (or None)
+        added to its logits, and keys ``[B, T, d]`` averaged over heads, as the projection gives them.
+    feed : callable
+        ``values -> update``: norm and feed-forward part.
+    r : int
+        Tokens to remove here.
+    class_token, distill_token : bool
+        Tokens in front that take no part.
+    proportional : bool
+        Proportional attention; off for encoders trained as masked autoencoders and used as they are.
+
+    Returns
+    -------
+    values : Tensor
+        ``[B, T', C]``.
+    state : MergeState
+        For the next block.
+    """
+    # Sizes of one change nothing but the kernel, and r = 0 must leave the block as it is, bit for bit.
+    merged_before = state.size.shape[1] < state.groups.group.shape[1]
+    update, keys = attend(values, proportional_bias(state.size) if proportional and merged_before else None)
+    values = values + update
+    if r > 0:
+        step = alternate_match(keys, r, class_token=class_token, distill_token=distill_token)
+        if step.source.shape[1] < values.shape[1]:
+            values, size = merge_weighted(values, state.size, step)
+            state = MergeState(size, chain_groups(state.groups, step))
+    return values + feed(values), state
+
+
+def restore(values: Tensor, state: MergeState) -> Tensor:
+    """Copy merged tokens ``[B, M, C]`` back to all places they stand for, ``[B, T, C]``, for hosts that need a grid."""
+    return unmerge_groups(values, state.groups)
+
+
+def weighted_pool(values: Tensor, state: MergeState, protected: int = 0) -> Tensor:
+    """Mean ``[B, C]`` over patches of the tokens ``[B, M, C]`` behind the ``protected`` first ones (step 13)."""
+    size = as_float32(state.size)[:, protected:].unsqueeze(2)
+    return ((as_float32(values)[:, protected:] * size).sum(dim=1) / size.sum(dim=1)).to(values.dtype)
+
+
+def merge_tokens(features: Tensor, keys: Tensor, target: int) -> tuple[Tensor, MergeState]:
+    """Merge tokens of a sequence in rounds until ``target`` are left, sizes carried along.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[B, T, C]``.
+    keys : Tensor
+        ``[B, T, d]`` what is compared; averaged with the same weights after every round.
+    target : int
+        Tokens to leave, from 1 to T. A round removes at most half.
+
+    Returns
+    -------
+    features : Tensor
+        ``[B, target, C]``.
+    state : MergeState
+        Sizes and members.
+
+    Raises
+    ------
+    MethodError
+        If shapes do not match or the target is out of range.
+    """
+    if features.dim() != 3 or keys.shape[:2] != features.shape[:2] or not 1 <= target <= features.shape[1]:
+        raise MethodError(
+            f"cannot merge to {target} tokens with features {tuple(features.shape)} and keys {tuple(keys.shape)}; pass "
+            "[B, T, C], [B, T, d] and a target from 1 to T."
+        )
+    values, keys = as_float32(features), as_float32(keys)
+    state = initial_state(values.shape[0], values.shape[1], values.device)
+    while values.shape[1] > target:
+        step = alternate_match(keys, values.shape[1] - target)
+        keys, _ = merge_weighted(keys, state.size, step)
+        values, size = merge_weighted(values, state.size, step)
+        state = MergeState(size, chain_groups(state.groups, step))
+    return values.to(features.dtype), state
+
+
+def frames_as_merged(features: Tensor, state: MergeState) -> MergedTokens:
+    """Tokens of frames ``[F, M, C]`` from `merge_tokens`, each frame sorted by the mean place of its patches."""
+    frames, patches = state.groups.group.shape
+    outputs = state.groups.source.shape[1]
+    place = torch.arange(patches, device=features.device).float().view(1, -1, 1).expand(frames, -1, 1)
+    order = merge_groups(place, state.groups)[..., 0].sort(dim=1, stable=True).indices
+    start = torch.arange(frames, device=features.device).unsqueeze(1)
+    source = (state.groups.source.gather(1, order) + start * patches).flatten()
+    target = (order.argsort(dim=1).gather(1, state.groups.group) + start * outputs).flatten()
+    weight = 1 / state.size.gather(1, state.groups.group).flatten()
+    merge_map = MergeMap(torch.arange(frames * patches, device=features.device), target, weight)
+    rows = features.gather(1, order.unsqueeze(2).expand_as(features)).flatten(0, 1)
+    return MergedTokens(rows, source, merge_map)
+
+
+@register
+@dataclass
+class TomeMerge(Method):
+    """ToMe's merging on projected tokens: every view down to ``round(N * retention)`` by the keys of its patches."""
+
+    name: ClassVar[str] = "tome-merge"
+    title: ClassVar[str] = "ToMe (projected tokens)"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2210.09461"
+    venue: ClassVar[str] = "ICLR 2023"
+    code: ClassVar[str] = "https://github.com/facebookresearch/ToMe"
+    stages: ClassVar[tuple[Stage, ...]] = ("tokens",)
+    kind: ClassVar[Kind] = "merge"
+    causal: ClassVar[bool] = True
+    uniform_views: ClassVar[bool] = True
+    fidelity: ClassVar[Fidelity] = "inferred"
+    fidelity_note: ClassVar[str] = (
+        "the published method merges inside the encoder and knows no LLM; this one merges its output with the same "
+        "matching and weighted average, which does not make the encoder faster"
+    )
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Keys of the projected layer."""
+        return (KEYS,)
+
+    def token_count(self, layout: Layout) -> int:
+        """``round(N * retention)`` of every view, at least one."""
+        return sum(keep_count(size, self.retention) for size in layout.patches_per_view.tolist())
+
+    def plan_tokens(self, sample: TokenSample) -> Plan:
+        """Merge all frames at once, each inside itself."""
+        features = sample.by_frame
+        frames, patches = features.shape[:2]
+        keys = sample.signal(KEYS).view(frames, patches, -1)
+        merged = frames_as_merged(*merge_tokens(features, keys, keep_count(patches, self.retention)))
+        return Plan(merged.source, merged.features, merged.merge_map, self.position_policy, "occupied")
