@@ -10,6 +10,20 @@ import av
 
 from tokensieve.hosts import tiny
 
+REAL_CLIPS = [
+    "handheld_rotated180_vfr.mp4",
+    "dog_bed_rotated90.mp4",
+    "portrait_drummer.mp4",
+    "bunny_square_vp9_642.webm",
+    "pan_portrait_av1_10bit.mp4",
+    "motion_photo_hevc_vfr_2tracks.mp4",
+    "cartoon_pigs.gif",
+    "seagulls_mpeg4.avi",
+    "big_buck_bunny_0_30.webm",
+    "bunny_h263_176x144.3gp",
+]
+"""Variable frame rate, rotated, portrait, VP8, VP9, AV1, HEVC and GIF files of the real clips."""
+
 
 def error_line(stderr: str) -> str:
     """The error of a command, checked to be one line with nothing but notes before it."""

@@ -7,21 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_media import REAL_CLIPS
 from PIL import Image
 
 SHORT = ("--frames", 4, "--max-new-tokens", 2)
-REAL_CLIPS = [
-    "handheld_rotated180_vfr.mp4",
-    "dog_bed_rotated90.mp4",
-    "portrait_drummer.mp4",
-    "bunny_square_vp9_642.webm",
-    "pan_portrait_av1_10bit.mp4",
-    "motion_photo_hevc_vfr_2tracks.mp4",
-    "cartoon_pigs.gif",
-    "seagulls_mpeg4.avi",
-    "big_buck_bunny_0_30.webm",
-    "bunny_h263_176x144.3gp",
-]
 
 
 def ask_json(cli: Any, *words: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_media import REAL_CLIPS
 from PIL import Image
 
 from tokensieve.hosts import tiny
@@ -88,3 +89,12 @@ def test_demo(cli: Any, tmp_path: Path) -> None:
 def test_demo_in_a_place_that_is_taken(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "cannot be made" in refused("demo", "-o", tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", REAL_CLIPS)
+def test_real_clips(cli: Any, real_videos: Path, model: Path, tmp_path: Path, name: str) -> None:
+    page, picture = tmp_path / "kept.html", tmp_path / "kept.png"
+    result = cli("view", real_videos / name, "-o", page, "-o", picture, "--model", model, *SHORT)
+    assert result.exit_code == 0, result.output
+    assert name in page.read_text(encoding="utf-8")
+    assert picture.stat().st_size > 10_000
