@@ -16,6 +16,7 @@ from tokensieve.ops.attention import query_attention
 LAST = "decoder.last_query_attention"
 TEXT = "decoder.text_attention"
 NEXT_LAST = "decoder.next_last_query_attention"
+BIAS = "decoder.position_bias"
 KEYS = "decoder.keys"
 NORMED = "decoder.normed_states"
 
@@ -128,12 +129,22 @@ class DecoderSignals:
         if TEXT in wanted:
             attention = self._attention(module, one, tables, view.behind, view.keys, cache, row)
             found[TEXT] = attention[:, :, columns]
+        if BIAS in wanted:
+            found[BIAS] = self._position_bias(module, tables, view)
         if KEYS in wanted:
             keys = self._keys(module, one, tables, view.keys, cache, row)
             past = view.keys.numel() - hidden.shape[1]
             places = (torch.cat((view.visual, view.behind)) + past).to(keys.device)
             found[KEYS] = keys[0].transpose(0, 1).flatten(1).index_select(0, places)
         return found
+
+    def _position_bias(self, module: Any, tables: tuple[Tensor, Tensor], view: RowView) -> Tensor:
+        """Scaled products [T, n] of vectors of ones rotated to the positions of text and visual tokens."""
+        cos, sin = (table.float() for table in tables)
+        ones = cos.new_ones(1, 1, cos.shape[1], module.head_dim)
+        rotated, _ = self.host.decoder_rotary(module)(ones, ones, cos, sin)
+        text, visual = (rotated[0, 0].index_select(0, places.to(cos.device)) for places in (view.behind, view.visual))
+        return text @ visual.T * module.scaling
 
     def _attention(
         self,

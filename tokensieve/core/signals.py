@@ -85,6 +85,13 @@ SIGNALS: dict[str, Signal] = {
             "over heads.",
         ),
         Signal(
+            "decoder.position_bias",
+            "decoder",
+            "[T, n]",
+            "Attention logit between two vectors of ones at the positions of a text token behind the visual tokens and "
+            "of a visual token, in the layer before the cut: what the rotary positions alone favour.",
+        ),
+        Signal(
             "decoder.keys",
             "decoder",
             "[n + T, d]",
