@@ -201,7 +201,7 @@ def preset(layers: int, tokens: int, reduction: int = 65) -> LayerSplit:
     """
     if reduction not in _PRESETS or layers < 3:
         raise MethodError(
-            f"there is no preset for {reduction} % fewer tokens in {layers} layers; use 65 or 70 % and 3 layers or more."
+            f"no preset has {reduction} % fewer tokens in {layers} layers; use 65 or 70 % and 3 layers at least."
         )
     first, second = (max(1, round(layers * share)) for share in _PRESETS[reduction])
     return LayerSplit(first, second, layers - first - second, max(1, tokens // 4), max(1, tokens // 16))

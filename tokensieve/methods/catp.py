@@ -1,0 +1,183 @@
+"""CATP: pictures of a prompt with examples pruned by coverage and their own text, then by the question.
+
+Based on "CATP: Contextually Adaptive Token Pruning for Efficient and Enhanced Multimodal In-Context Learning" (arXiv
+2508.07871, AAAI 2026). One half of the tokens goes in front of the LLM, picture by picture, by a submodular
+objective. The other half goes inside it: first from all example pictures together, by growth of the attention from
+the last token and likeness to the query; one layer later from the query picture, by likeness to what is left.
+
+The method needs the text paired with each picture and rows of two decoder layers, which the runtime does not hand
+to methods, so there is no registered method of this name.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tokensieve.errors import MethodError
+from tokensieve.ops.facility import greedy_facility_location
+from tokensieve.ops.select import top_indices
+from tokensieve.ops.similarity import as_float32, unit_vectors
+
+ALIGNMENT_WEIGHT = 0.7
+LIKENESS_WEIGHT = 0.6
+LAYER = 6
+_ROUNDING = 1e-9
+"""Added before cutting off fractions, so that 10 tokens at a ratio of 0.9 leave one in spite of float64 rounding."""
+
+
+class StageCounts(NamedTuple):
+    """Tokens that remain.
+
+    Attributes
+    ----------
+    pictures : list of int
+        Of every picture behind the first stage, the query's last.
+    examples : int
+        Of all example pictures together behind the second stage.
+    query : int
+        Of the query picture behind the second stage.
+    """
+
+    pictures: list[int]
+    examples: int
+    query: int
+
+
+def stage_counts(sizes: list[int], ratio: float) -> StageCounts:
+    """Tokens that remain behind every stage (steps 2, 7 and 8).
+
+    Parameters
+    ----------
+    sizes : list of int
+        Tokens of every picture, the query's last.
+    ratio : float
+        R, share of all picture tokens to prune, in [0, 1); each stage prunes half of it.
+
+    Returns
+    -------
+    StageCounts
+        Fractions cut off. A single picture has no examples.
+
+    Raises
+    ------
+    MethodError
+        If there is no picture or R is out of range.
+    """
+    if not sizes or min(sizes) < 1 or not 0.0 <= ratio < 1.0:
+        raise MethodError(f"cannot prune a share of {ratio} of pictures with {sizes} tokens; use a share in [0, 1).")
+
+    def left(size: int, share: float) -> int:
+        return math.floor(size * (1 - share) + _ROUNDING)
+
+    return StageCounts([left(size, ratio / 2) for size in sizes], left(sum(sizes[:-1]), ratio), left(sizes[-1], ratio))
+
+
+def rescaled_cosine(first: Tensor, second: Tensor) -> Tensor:
+    """``(1 + cos) / 2`` of every row of ``[n, D]`` with every row of ``[m, D]`` (step 1), float32 ``[n, m]``."""
+    return ((1 + unit_vectors(first) @ unit_vectors(second).T) / 2).clamp_(0, 1)
+
+
+def select_covering(
+    features: Tensor, count: int, text: Tensor | None = None, weight: float = ALIGNMENT_WEIGHT
+) -> tuple[Tensor, Tensor]:
+    """Tokens of one picture that cover it and agree with its text (stage 1, steps 1 to 4).
+
+    Parameters
+    ----------
+    features : Tensor
+        ``[S, D]`` projected tokens of the picture.
+    count : int
+        k, from 1 to S.
+    text : Tensor, optional
+        ``[T, D]`` input embeddings of the paired text; without it coverage alone decides.
+    weight : float
+        lambda1 of the agreement with the mean of the text.
+
+    Returns
+    -------
+    keep : Tensor
+        ``[k]`` int64, ascending.
+    order : Tensor
+        ``[k]`` the same ids in the order of the choice; lowest id on ties.
+
+    Raises
+    ------
+    MethodError
+        If shapes do not match or k is out of range.
+    """
+    if features.dim() != 2 or not 1 <= count <= features.shape[0]:
+        raise MethodError(f"cannot keep {count} tokens of features {tuple(features.shape)}; pass [S, D] and 1 to S.")
+    if text is not None and (text.dim() != 2 or text.numel() == 0 or text.shape[1] != features.shape[1]):
+        raise MethodError(
+            f"text must be embeddings [T, D] of the width of the features, but the shapes are {tuple(text.shape)} and "
+            f"{tuple(features.shape)}."
+        )
+    bonus = None
+    if text is not None:
+        mean = as_float32(text).mean(dim=0, keepdim=True)
+        bonus = weight * rescaled_cosine(features, mean)[:, 0]
+    order, _ = greedy_facility_location(rescaled_cosine(features, features), count, bonus)
+    return order.sort().values, order
+
+
+def example_scores(
+    attention: Tensor,
+    attention_before: Tensor,
+    hidden: Tensor,
+    query_mean: Tensor,
+    weight: float = LIKENESS_WEIGHT,
+) -> Tensor:
+    """Scores of the example tokens inside the LLM (stage 2a, steps 5 and 6).
+
+    Parameters
+    ----------
+    attention, attention_before : Tensor
+        ``[n]`` attention of the last token to them in layer K and in the layer before, mean over heads.
+    hidden : Tensor
+        ``[n, D]`` their states behind layer K.
+    query_mean : Tensor
+        ``[D]`` mean state of all tokens of the query sample behind layer K.
+    weight : float
+        lambda2 of the plain cosine to the query.
+
+    Returns
+    -------
+    Tensor
+        ``[n]`` float32, growth of attention (0 where it fell) plus weighted cosine.
+
+    Raises
+    ------
+    MethodError
+        If the shapes do not match.
+    """
+    if attention.shape != attention_before.shape or attention.shape != hidden.shape[:1]:
+        raise MethodError(
+            f"scores need two attention rows [n] and states [n, D], but the shapes are {tuple(attention.shape)}, "
+            f"{tuple(attention_before.shape)} and {tuple(hidden.shape)}."
+        )
+    growth = (as_float32(attention) - as_float32(attention_before)).clamp_min(0)
+    return growth + weight * query_scores(hidden, query_mean)
+
+
+def query_scores(hidden: Tensor, context_mean: Tensor) -> Tensor:
+    """Cosine ``[n]`` of states ``[n, D]`` to a mean state ``[D]`` (stage 2b, step 8).
+
+    For the query picture one layer later, the mean is over example tokens that remain and the examples' text.
+    """
+    return unit_vectors(hidden) @ unit_vectors(context_mean)
+
+
+def select_best(scores: Tensor, count: int) -> Tensor:
+    """Ids of the ``count`` best of ``[n]`` scores, ascending (steps 7 and 8); lowest id on ties.
+
+    Example pictures are ranked together, so that one of them may lose all of its tokens.
+    """
+    return top_indices(scores, count)
+
+
+def layer_flops(tokens: int, width: int, inner: int) -> int:
+    """Operations of one decoder layer on the picture tokens, ``4 n d^2 + 2 n^2 d + 3 n d m``, as the paper counts."""
+    return 4 * tokens * width**2 + 2 * tokens**2 * width + 3 * tokens * width * inner
