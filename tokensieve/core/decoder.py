@@ -332,6 +332,12 @@ class DecoderStage:
     def _packs_by_position(self) -> bool:
         return "flash" in str(getattr(self.config, "_attn_implementation", ""))
 
+    @property
+    def skips_masks(self) -> bool:
+        """Whether the attention kernel runs without a mask where every key is visible."""
+        kernel = str(getattr(self.config, "_attn_implementation", ""))
+        return "sdpa" in kernel or "flash" in kernel
+
     def _align_step(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Give a layer behind a cut the mask of its own, shorter cache, and its own positions."""
         assert self._step is not None

@@ -134,9 +134,21 @@ class DecoderSignals:
         if KEYS in wanted:
             keys = self._keys(module, one, tables, view.keys, cache, row)
             past = view.keys.numel() - hidden.shape[1]
+            if past == 0:
+                keys = self._from_first(module, keys, tables, int(view.keys.long().argmax()))
             places = (torch.cat((view.visual, view.behind)) + past).to(keys.device)
             found[KEYS] = keys[0].transpose(0, 1).flatten(1).index_select(0, places)
         return found
+
+    def _from_first(self, module: Any, keys: Tensor, tables: tuple[Tensor, Tensor], first: int) -> Tensor:
+        """Rotated keys as if the row began at its first real token, so that padding in front changes nothing.
+
+        Turning all keys of a row back by the angle of that token leaves attention as it is, but not their norms.
+        """
+        cos, sin = (table[:, first : first + 1].to(keys.device) for table in tables)
+        square = (cos.float().square() + sin.float().square()).mean()
+        turned, _ = self.host.decoder_rotary(module)(keys, keys, cos, -sin)
+        return turned / square.to(keys)
 
     def _position_bias(self, module: Any, tables: tuple[Tensor, Tensor], view: RowView) -> Tensor:
         """Scaled products [T, n] of vectors of ones rotated to the positions of text and visual tokens."""

@@ -282,9 +282,10 @@ class Run:
         if positions is not None and positions.ndim == 2 and ledger.offset is not None:
             positions = positions - ledger.offset.to(positions.device)
         kwargs["position_ids"] = positions
-        # One query on growing, unpadded caches needs no mask at any layer; everything else does.
+        # One query on growing, unpadded caches needs no mask at any layer, unless the kernel always takes one.
         shifted = any(s.offset is not None for s in ledger.spans.values())
-        if shifted or kwargs["attention_mask"] is not None or length > 1 or is_preallocated(cache):
+        always = len(ledger.spans) > 1 and not self._decoder.skips_masks
+        if shifted or always or kwargs["attention_mask"] is not None or length > 1 or is_preallocated(cache):
             self._decoder.step(ledger, given, positions)
         return kwargs
 

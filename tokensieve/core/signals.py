@@ -95,7 +95,8 @@ SIGNALS: dict[str, Signal] = {
             "decoder.keys",
             "decoder",
             "[n + T, d]",
-            "Rotated keys of the visual tokens and of the text behind them in the layer before the cut, heads joined.",
+            "Rotated keys of the visual tokens and of the text behind them in the layer before the cut, heads joined; "
+            "angles count from the first real token of the row, so that padding does not change them.",
         ),
         Signal(
             "decoder.normed_states",
