@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ from benchmarks.stopwatch import throughput, timed
 from tokensieve.core.layout import Layout
 from tokensieve.core.method import Method
 from tokensieve.core.registry import list_methods, resolve
-from tokensieve.core.sample import DecoderSample, FrameSample, HostFacts, TokenSample
+from tokensieve.core.sample import DecoderSample, FrameSample, HostFacts, PromptSample, TokenSample
+from tokensieve.core.signals import SIGNALS
+from tokensieve.errors import TokensieveError
 from tokensieve.measure.flops import DecoderGeometry, decoder_work, layer_tokens
 from tokensieve.measure.text import in_flops, in_percent, in_seconds
 from tokensieve.ops.attention import received_attention
 
-__all__ = ["Case", "features", "main", "plan"]
+__all__ = ["Case", "Decision", "features", "main", "stand_ins"]
 
 TEXT = 61
 """Text tokens of the prompt, newline included."""
@@ -48,6 +51,9 @@ GEOMETRY = DecoderGeometry(
     head_dim=128,
     vocabulary=QWEN2_7B["vocab_size"],
 )
+ALL_ROWS = ("encoder.received_attention", "encoder.patch_attention", "encoder.given_attention")
+"""Tower signals that need every row of attention; a class token's row or the mean key cost next to nothing."""
+
 COLUMNS = ("method", "own time", "of one pass", "tower signals", "patches per layer", "prefill saved", "own / saved")
 CPU = torch.device("cpu")
 
@@ -96,28 +102,73 @@ def features(frames: int = 32, side: int = 14, width: int = 3584, seed: int = 0)
     return Case(found.flatten(0, 1), Layout.regular("video", frames, side, side), attention)
 
 
-def plan(method: Method, case: Case) -> list[int]:
-    """Run every stage of a method once; returns the patches in every decoder layer."""
-    total = case.layout.patches
-    entered, cuts = total, {}
-    if "frames" in method.stages:
-        entered = total // case.frames * method.plan_frames(FrameSample(case.frames)).numel()
-    if "tokens" in method.stages:
-        signals = dict.fromkeys(method.signals(FACTS), case.attention)
-        entered = method.run_tokens(TokenSample(case.features, case.layout, signals, FACTS)).keep.numel()
-    present = entered
-    for layer in method.decoder_layers(FACTS):
-        sample = DecoderSample(
-            hidden=case.features[:present],
-            signals={"decoder.last_query_attention": case.attention[:present]},
-            layer=layer,
-            entered=total,
-            view=case.layout.patch_view[:present],
-            item=torch.zeros(present, dtype=torch.long),
-            facts=FACTS,
-        )
-        present = cuts[layer] = method.plan_decoder(sample).keep.numel()
-    return layer_tokens(FACTS.decoder_layers, entered, cuts)
+def stand_ins(requests: Iterable[str], case: Case, patches: int) -> dict[str, Tensor]:
+    """Random signals of the declared shapes: attention rows that sum to one, normal values otherwise."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = {"n": patches, "T": TEXT, "H": GEOMETRY.heads, "D": case.features.shape[1], "n + T": patches + TEXT}
+    found = {}
+    for request in requests:
+        name = request.partition("@")[0]
+        sizes["d"] = 72 if name.startswith("encoder.") else GEOMETRY.kv_heads * GEOMETRY.head_dim
+        shape = [sizes[axis.strip()] for axis in SIGNALS[name].shape.strip("[]").split(",") if axis.strip() in sizes]
+        values = torch.randn(shape, generator=generator)
+        if shape == [patches] == [case.layout.patches]:
+            found[request] = case.attention
+        else:
+            found[request] = values.softmax(-1) if "attention" in name else values
+    return found
+
+
+@dataclass
+class Decision:
+    """One method on one case, with its signals made beforehand, so that only the decision is timed.
+
+    Attributes
+    ----------
+    layers
+        Patches in every decoder layer after `run`.
+    """
+
+    method: Method
+    case: Case
+    layers: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def run(self) -> float:
+        """Seconds of every stage of the method together."""
+        method, case = self.method, self.case
+        self.seconds, total = 0.0, case.layout.patches
+        entered, cuts = total, {}
+        if "frames" in method.stages:
+            frames = self._timed(lambda: method.plan_frames(FrameSample(case.frames)))
+            entered = total // case.frames * frames.numel()
+        if "tokens" in method.stages:
+            tokens = TokenSample(case.features, case.layout, stand_ins(method.signals(FACTS), case, total), FACTS)
+            entered = self._timed(lambda: method.run_tokens(tokens)).keep.numel()
+        memory: dict[str, Any] = {}
+        if method.decoder_layers(FACTS):
+            prompt = PromptSample(case.features[:entered], case.features[:TEXT])
+            memory = self._timed(lambda: method.read_prompt(prompt))
+        present = entered
+        for layer in method.decoder_layers(FACTS):
+            sample = DecoderSample(
+                hidden=case.features[:present],
+                layer=layer,
+                entered=entered,
+                view=case.layout.patch_view[:present],
+                item=torch.zeros(present, dtype=torch.long),
+                signals=stand_ins(method.decoder_signals(FACTS), case, present),
+                memory=memory,
+                facts=FACTS,
+            )
+            present = cuts[layer] = self._timed(partial(method.plan_decoder, sample)).keep.numel()
+        self.layers = layer_tokens(FACTS.decoder_layers, entered, cuts)
+        return self.seconds
+
+    def _timed(self, call: Callable[[], Any]) -> Any:
+        found: list[Any] = []
+        self.seconds += timed(lambda: found.append(call()), CPU, time.process_time)
+        return found[0]
 
 
 def yardsticks(case: Case) -> dict[str, Callable[[], Any]]:
@@ -165,32 +216,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     case = features(arguments.frames, width=arguments.width)
     names = arguments.methods or [name for name in list_methods() if name != "none"]
-    methods = {name: resolve(name, retention=arguments.retention)[0] for name in names}
+    methods = {name: Decision(resolve(name, retention=arguments.retention)[0], case) for name in names}
     passes = {**yardsticks(case), "tower signal: attention received in one layer": tower_signal(case.frames)}
     seconds: dict[str, list[float]] = {name: [] for name in (*passes, *methods)}
-    layers: dict[str, list[int]] = {}
-
-    def decide(name: str) -> None:
-        layers[name] = plan(methods[name], case)
-
+    failures: dict[str, str] = {}
     with torch.no_grad():
         for _ in range(2 if arguments.quick else arguments.repeats):
             for name, call in passes.items():
-                seconds[name].append(timed(call, CPU))
-            for name in methods:
-                seconds[name].append(timed(partial(decide, name), CPU))
-        speed = throughput(torch.float32, CPU)
+                seconds[name].append(timed(call, CPU, time.process_time))
+            for name in [name for name in methods if name not in failures]:
+                try:
+                    seconds[name].append(methods[name].run())
+                except TokensieveError as error:
+                    failures[name] = f"{name} is left out: {error}"
+        speed = throughput(torch.float32, CPU, clock=time.process_time)
     before = decoder_work(GEOMETRY, [case.layout.patches + TEXT] * GEOMETRY.layers).operations
     unit, signal = (median(seconds[name]) for name in (next(iter(passes)), list(passes)[-1]))
     table = [[name, in_seconds(median(seconds[name])), f"{median(seconds[name]) / unit:.2f}"] for name in passes]
     table = [[*row, "-", "-", "-", "-"] for row in table]
     numbers: dict[str, Any] = {name: {"seconds": median(seconds[name])} for name in passes}
-    for name, method in methods.items():
+    for name in [name for name in methods if name not in failures]:
+        method, layers = methods[name].method, methods[name].layers
         own = median(seconds[name])
-        reads = sum(request.startswith("encoder.") for request in method.signals(FACTS))
-        after = decoder_work(GEOMETRY, [count + TEXT for count in layers[name]]).operations
+        reads = sum(request.partition("@")[0] in ALL_ROWS for request in method.signals(FACTS))
+        after = decoder_work(GEOMETRY, [count + TEXT for count in layers]).operations
         saved = (before - after) / speed
-        share = sum(layers[name]) / GEOMETRY.layers / case.layout.patches
+        share = sum(layers) / GEOMETRY.layers / case.layout.patches
         cost = (own + reads * signal) / saved if saved else 0.0
         numbers[name] = {
             "seconds": own,
@@ -219,7 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes = (
         SHARED,
         "own time: the decision alone (scores, allocation, selection, merged features), in every stage the method has.",
-        "tower signals: how many layers of the vision tower it reads, and that cost; counted in `own / saved`.",
+        "tower signals: in how many layers of the vision tower it needs attention to every patch, and what reading "
+        "that costs; counted in `own / saved`. Whether this tower has the signal at all is not asked here.",
+        "Seconds are processor time of one thread, which other work on the machine hardly changes.",
         f"prefill saved: of a language model of the sizes of Qwen2-7B with {TEXT} text tokens, at "
         f"{speed / 1e9:.0f} GFLOP/s, the matrix throughput of this thread; arithmetic, not a measured prefill.",
     )
@@ -229,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "summary": numbers,
         "seconds": seconds,
     }
-    path = write(arguments.output, "own_time", payload, title, [("", COLUMNS, table)], notes)
+    path = write(arguments.output, "own_time", payload, title, [("", COLUMNS, table)], (*notes, *failures.values()))
     print(f"written: {path}")
     return 0
 

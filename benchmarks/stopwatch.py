@@ -52,11 +52,20 @@ class Times:
 class Stopwatch:
     """Hooks on a model that note when the language model is reached and left; enter it after attaching a method.
 
-    CUDA work is timed with events, other work with the process clock.
+    CUDA work is timed with events, other work with a clock.
+
+    Parameters
+    ----------
+    model
+        The model that will generate.
+    clock
+        Seconds on a CPU: ``time.perf_counter`` for wall time, ``time.process_time`` for the time that the
+        process really computed, which other work on the machine hardly changes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, clock: Callable[[], float] = time.perf_counter) -> None:
         self.model = model
+        self.clock = clock
         self.text = host_for(model).text_model(base_model(model))
         self.device = next(model.parameters()).device
         self._handles: list[Any] = []
@@ -86,7 +95,7 @@ class Stopwatch:
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return self.clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -117,19 +126,21 @@ class Stopwatch:
         )
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a call, device work included."""
+def timed(call: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of a call by a clock, device work included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def throughput(dtype: torch.dtype, device: torch.device, size: int = 2048, repeats: int = 5) -> float:
-    """Operations a second of a square matrix product (two per multiply-accumulate), best of some repeats."""
+def throughput(
+    dtype: torch.dtype, device: torch.device, size: int = 2048, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Operations a second of a square matrix product (two per multiply-accumulate), best of five."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timed(lambda: a @ b, device)
-    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(repeats))
+    return 2 * size**3 / min(timed(lambda: a @ b, device, clock) for _ in range(5))

@@ -17,6 +17,7 @@ from transformers import Qwen2VLVideoProcessor
 
 import tokensieve
 from tokensieve.core.registry import resolve
+from tokensieve.core.signals import SIGNALS
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,5 +181,20 @@ def test_own_time_covers_every_stage(tmp_path: Path) -> None:
     assert summary["fastv"]["patches_per_layer"] == pytest.approx((2 + 26 * 0.25) / 28)
     assert summary["vidcom2"]["of_one_pass"] > 0
     case = module.features(4, width=64)
-    layers = module.plan(resolve("holitom", retention=0.25)[0], case)
-    assert layers[17] == 2 * layers[18] or layers[17] == 2 * layers[18] + 1
+    decision = module.Decision(resolve("holitom", retention=0.25)[0], case)
+    assert decision.run() > 0
+    assert decision.layers[17] // 2 == decision.layers[18] < decision.layers[0] + 1
+
+
+def test_stand_ins_have_the_shapes_that_the_signals_declare() -> None:
+    """One for every signal that a tower or the LLM gives; attention rows sum to one."""
+    module = load("own_time")
+    case = module.features(2, width=48)
+    requests = [name for name in SIGNALS if name.startswith(("encoder.", "decoder."))]
+    made = module.stand_ins(requests, case, 100)
+    for name, value in made.items():
+        assert value.dim() == SIGNALS[name].shape.count(",") + 1
+        assert value.shape[0] > 1
+    rows = made["decoder.last_query_attention"]
+    assert rows.shape == (100,) and float(rows.sum()) == pytest.approx(1.0)
+    assert made["decoder.hidden_states"].shape == (100, 48)
