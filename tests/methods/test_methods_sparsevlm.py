@@ -21,10 +21,8 @@ from tokensieve.methods.sparsevlm import (
     count_behind,
     kept_for,
     published_shares,
-    shares_for,
-    shares_for_average,
 )
-from tokensieve.ops.depth import layer_average
+from tokensieve.ops.depth import average_shares, interpolated_shares, layer_average
 
 
 def _facts(layers: int = 32, axes: int = 1, deepstack: int = 0) -> HostFacts:
@@ -51,14 +49,14 @@ def test_published_counts_come_out(version: str) -> None:
     """A published share behind the last cut gives that setting's counts at every cut."""
     method = SparseVLM(version=version)
     for counts, shares in zip(COUNTS[version], published_shares(version), strict=True):
-        assert _schedule(method, 576, shares_for(shares[-1], version)) == list(counts)
+        assert _schedule(method, 576, interpolated_shares(shares[-1], published_shares(version))) == list(counts)
 
 
 def test_defaults() -> None:
     """Without options 300, 200, 110 of 576 behind layers 2, 6, 15."""
     method = SparseVLM()
     assert method.decoder_layers(_facts()) == (3, 7, 16)
-    assert _schedule(method, 576, shares_for(method.retention, "1.5")) == [300, 200, 110]
+    assert _schedule(method, 576, interpolated_shares(method.retention, published_shares("1.5"))) == [300, 200, 110]
     assert method.decoder_layers(_facts(28)) == (3, 6, 14)
     assert method.decoder_layers(_facts(36, 3, 3)) == (3, 8, 18)
     assert SparseVLM(version="1.0").decoder_layers(_facts()) == (3, 7, 16, 20)
@@ -69,8 +67,9 @@ def test_defaults() -> None:
 def test_average_is_reached(average: float, version: str) -> None:
     """The mean over the layers, each counted with the tokens behind it, is the retention."""
     cuts = SparseVLM().decoder_layers(_facts(28))
-    shares = shares_for_average(average, cuts, 28, version)
-    assert layer_average([cut - 1 for cut in cuts], shares, 28) == pytest.approx(average)
+    starts = [cut - 1 for cut in cuts]
+    shares = average_shares(average, starts, 28, published_shares(version))
+    assert layer_average(starts, shares, 28) == pytest.approx(average)
     with pytest.raises(RetentionError, match="cannot be reached"):
         SparseVLM(retention=0.05, average=True, version=version).check_host(_facts(28))
 

@@ -1,0 +1,42 @@
+"""Half precision: the same values in bfloat16 and float32 lead to the same selection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tokensieve
+from tokensieve.core.layout import Layout
+from tokensieve.core.sample import HostFacts, TokenSample
+
+FRAMES, SIDE, WIDTH = 6, 8, 64
+WITH_TOKENS = [name for name in tokensieve.list_methods() if "tokens" in tokensieve.method_class(name).stages]
+FACTS = HostFacts("llava", 28, 24, 22, True)
+
+
+def _sample(method: Any, dtype: torch.dtype) -> TokenSample:
+    """A clip of slowly changing scenes whose values bfloat16 can hold exactly."""
+    generator = torch.Generator().manual_seed(5)
+    scenes = torch.randn(3, SIDE * SIDE, WIDTH, generator=generator)
+    drift = torch.randn(FRAMES, SIDE * SIDE, WIDTH, generator=generator) * 0.15
+    features = (scenes.repeat_interleave(2, dim=0) + drift).bfloat16().flatten(0, 1)
+    signals = {}
+    for request in method.signals(FACTS):
+        width = (16,) if "key" in request else ()
+        signals[request] = torch.rand(FRAMES * SIDE * SIDE, *width, generator=generator)
+    layout = Layout.regular("video", FRAMES, SIDE, SIDE)
+    return TokenSample(features.to(dtype), layout, signals, FACTS)
+
+
+@pytest.mark.parametrize("name", WITH_TOKENS)
+def test_same_values_same_selection(name: str) -> None:
+    """Scores are computed in float32 whatever the dtype of the features (invariant 7)."""
+    method = tokensieve.method_class(name)(retention=0.3)
+    wide = method.run_tokens(_sample(method, torch.float32))
+    half = method.run_tokens(_sample(method, torch.bfloat16))
+    assert torch.equal(wide.keep.cpu(), half.keep.cpu())
+    if half.features is not None and wide.features is not None:
+        assert half.features.dtype == torch.bfloat16
+        assert torch.allclose(half.features.float(), wide.features, atol=0.05)
