@@ -109,7 +109,7 @@ def signals_of(cls: type[Method]) -> str:
     if "tokens" in cls.stages and cls.fidelity != "control":
         found.insert(0, "`tokens.features`")
     if cls().decoder_layers(facts):
-        found += ["`decoder.last_query_attention`", "`decoder.hidden_states`"]
+        found += [f"`{request}`" for request in cls().decoder_signals(facts)] + ["`decoder.hidden_states`"]
     return ", ".join(found) or "none"
 
 

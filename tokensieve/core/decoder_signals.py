@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from tokensieve.errors import HostError
 from tokensieve.hosts.base import Host
 from tokensieve.ops.attention import query_attention
+from tokensieve.ops.token_transition import token_transition
 
 LAST = "decoder.last_query_attention"
 TEXT = "decoder.text_attention"
 NEXT_LAST = "decoder.next_last_query_attention"
 BIAS = "decoder.position_bias"
+NEXT_TEXT = "decoder.next_text_attention"
+TRANSITION = "decoder.transition"
 KEYS = "decoder.keys"
 NORMED = "decoder.normed_states"
 
@@ -60,17 +63,23 @@ class DecoderSignals:
     rows: Callable[[int], list[RowView]]
     clock: Callable[[str], Any]
     _found: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)
+    _moved: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def listen(self) -> list[Any]:
-        """Hooks on the attention of the layers in front of the cuts."""
-        return [
+        """Hooks on the attention of the layers in front of the cuts, and on the layers whose transitions count."""
+        hooks = [
             self.layers[cut - 1].self_attn.register_forward_hook(self._hook(cut), with_kwargs=True)
             for cut in self.wanted
         ]
+        names = {name for wanted in self.wanted.values() for name in wanted if name.startswith(f"{TRANSITION}@")}
+        for layer in sorted(int(name.partition("@")[2]) for name in names):
+            for part in (self.layers[layer].self_attn, self.layers[layer].mlp):
+                hooks.append(part.register_forward_hook(self._transition_hook(layer), with_kwargs=True))
+        return hooks
 
     def forget(self) -> None:
         """Drop what the last prefill left."""
-        self._found = {}
+        self._found, self._moved = {}, {}
 
     def read(
         self, cut: int, row: int, hidden: Tensor, tables: tuple[Tensor, Tensor], cache: Any = None
@@ -94,6 +103,17 @@ class DecoderSignals:
             rows = torch.tensor([view.last])
             attention = self._attention(layer.self_attn, normed, _row(tables, row), rows, view.keys, cache, row, True)
             found[NEXT_LAST] = attention.mean(0)[0, _columns(view, hidden)]
+        if NEXT_TEXT in wanted:
+            layer = self.layers[cut]
+            normed = layer.input_layernorm(hidden[row : row + 1])
+            attention = self._attention(
+                layer.self_attn, normed, _row(tables, row), view.behind, view.keys, cache, row, True
+            )
+            found[NEXT_TEXT] = attention.mean(0)[:, _columns(view, hidden)]
+        last_cut = max((other for other in self.wanted if other < cut), default=0)
+        for layer in range(last_cut, cut):
+            if f"{TRANSITION}@{layer}" in wanted:
+                found[f"{TRANSITION}@{layer}"] = self._moved[layer][row]
         if NORMED in wanted:
             places = torch.cat((view.visual, view.behind)).to(hidden.device)
             found[NORMED] = self.text_model.norm(hidden[row].index_select(0, places))
@@ -111,6 +131,30 @@ class DecoderSignals:
                 ]
 
         return hook
+
+    def _transition_hook(self, layer: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+            views = self.rows(layer)
+            if not views:
+                return
+            before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            after = result[0] if isinstance(result, tuple) else result
+            with torch.no_grad(), self.clock("compress"):
+                moved = [self._transition(before[row], after[row], view) for row, view in enumerate(views)]
+            known = self._moved.get(layer)
+            # The first part of the layer that reports is its attention; what the MLP does is added to it.
+            self._moved[layer] = moved if known is None else [a + b for a, b in zip(known, moved, strict=True)]
+
+        return hook
+
+    @staticmethod
+    def _transition(before: Tensor, after: Tensor, view: RowView) -> Tensor:
+        """Transition [n] of the visual tokens of a row [L, D], relative to all its real tokens."""
+        real = view.keys[-before.shape[0] :].nonzero()[:, 0].to(before.device)
+        values = token_transition(before.index_select(0, real), after.index_select(0, real))
+        spread = values.new_zeros(before.shape[0])
+        spread[real] = values
+        return spread[view.visual.to(spread.device)]
 
     def _behind_layer(
         self, cut: int, row: int, view: RowView, module: Any, hidden: Tensor, kwargs: dict[str, Any]

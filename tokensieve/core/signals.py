@@ -85,6 +85,20 @@ SIGNALS: dict[str, Signal] = {
             "over heads.",
         ),
         Signal(
+            "decoder.next_text_attention",
+            "decoder",
+            "[T, n]",
+            "Attention of the text behind the visual tokens to them as the layer behind the cut would compute it, mean "
+            "over heads.",
+        ),
+        Signal(
+            "decoder.transition",
+            "decoder",
+            "[n]",
+            "How much attention and MLP of one layer between the last cut and this one rewrite a visual token, "
+            "relative to the whole sequence.",
+        ),
+        Signal(
             "decoder.position_bias",
             "decoder",
             "[T, n]",

@@ -8,7 +8,7 @@ version 2.0 corrects the attention for distance, listens to some heads only and 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from tokensieve.core.plan import Plan, Positions
 from tokensieve.core.registry import register
 from tokensieve.core.sample import DecoderSample, HostFacts, PromptSample
 from tokensieve.errors import MethodError
-from tokensieve.ops.depth import Numbers, check_average, layer_average, numbers, spread_layers
+from tokensieve.ops.depth import Numbers, average_shares, interpolated_shares, numbers, spread_layers
 from tokensieve.ops.raters import rank_count, rater_attention, text_raters, text_relevance
 from tokensieve.ops.recycle import recycle, recycle_counts
 from tokensieve.ops.select import top_indices
@@ -80,55 +80,6 @@ def published_shares(version: str) -> list[tuple[float, ...]]:
             row.append(current / TOKENS)
         rows.append(tuple(row))
     return rows
-
-
-def shares_for(last: float, version: str) -> tuple[float, ...]:
-    """Shares behind the three pruning layers for a wanted share behind the last one.
-
-    Between the published settings the shares are interpolated linearly, below the smallest they shrink in
-    proportion, above the largest they tend to 1.
-    """
-    rows = [(0.0, 0.0, 0.0), *published_shares(version), (1.0, 1.0, 1.0)]
-    upper = min(max(1, bisect_left(rows, last, key=lambda row: row[-1])), len(rows) - 1)
-    low, high = rows[upper - 1], rows[upper]
-    weight = (last - low[-1]) / (high[-1] - low[-1])
-    return tuple(a + (b - a) * weight for a, b in zip(low, high, strict=True))
-
-
-def shares_for_average(average: float, cuts: Sequence[int], layers: int, version: str) -> tuple[float, ...]:
-    """Shares behind the pruning layers whose average over the layers is a wanted one.
-
-    A layer counts with the tokens behind it, as in the published labels.
-
-    Parameters
-    ----------
-    average : float
-        Wanted average, above the share of the layers in front of the first pruning layer.
-    cuts : sequence of int
-        Layers in front of which tokens go, ascending.
-    layers : int
-        Number of layers of the LLM.
-    version : str
-        ``"1.5"`` or ``"2.0"``.
-
-    Returns
-    -------
-    tuple of float
-        One share per cut.
-
-    Raises
-    ------
-    RetentionError
-        If the layers before the first cut alone use up the average.
-    """
-    starts = [cut - 1 for cut in cuts]
-    check_average(average, starts[0], layers)
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        reached = layer_average(starts, shares_for(middle, version)[-len(cuts) :], layers)
-        low, high = (middle, high) if reached < average else (low, middle)
-    return shares_for(high, version)[-len(cuts) :]
 
 
 @register
@@ -258,8 +209,10 @@ class SparseVLM(Method):
         if len(cuts) > len(LAYERS[version]):
             raise MethodError(f"sparsevlm knows shares for three cuts, not {len(cuts)}; give counts as well.")
         if self.average:
-            return shares_for_average(self.retention, cuts, facts.decoder_layers, version)
-        return shares_for(self.retention, version)[-len(cuts) :]
+            # A layer counts with the tokens behind it, as in the published labels.
+            starts = [cut - 1 for cut in cuts]
+            return average_shares(self.retention, starts, facts.decoder_layers, published_shares(version))
+        return interpolated_shares(self.retention, published_shares(version))[-len(cuts) :]
 
     def _count(self, sample: DecoderSample, stage: int, attention: Tensor) -> int:
         """Tokens that stay unmerged (step 4)."""

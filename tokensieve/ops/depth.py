@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from tokensieve.errors import MethodError, RetentionError
@@ -122,6 +123,66 @@ def geometric_factor(average: float, starts: Sequence[int], layers: int) -> floa
         shares = [middle ** (i + 1) for i in range(len(starts))]
         low, high = (middle, high) if layer_average(starts, shares, layers) < average else (low, middle)
     return high
+
+
+def interpolated_shares(last: float, rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Shares behind several cuts for a wanted share behind the last one, by way of published schedules.
+
+    Parameters
+    ----------
+    last : float
+        Wanted share, in [0, 1].
+    rows : sequence of sequence of float
+        Published schedules, ascending in their last share. Between them the shares are interpolated linearly,
+        below the smallest they shrink in proportion, above the largest they tend to 1.
+
+    Returns
+    -------
+    tuple of float
+        As many shares as a row has.
+    """
+    cuts = len(rows[0])
+    known = [(0.0,) * cuts, *rows, (1.0,) * cuts]
+    upper = min(max(1, bisect_left(known, last, key=lambda row: row[-1])), len(known) - 1)
+    low, high = known[upper - 1], known[upper]
+    weight = (last - low[-1]) / (high[-1] - low[-1])
+    return tuple(a + (b - a) * weight for a, b in zip(low, high, strict=True))
+
+
+def average_shares(
+    average: float, starts: Sequence[int], layers: int, rows: Sequence[Sequence[float]]
+) -> tuple[float, ...]:
+    """Shares behind several cuts whose layer average is a wanted one, by way of published schedules.
+
+    Parameters
+    ----------
+    average : float
+        Wanted average, above ``starts[0] / layers`` and at most 1.
+    starts : sequence of int
+        Ascending; from layer ``starts[i]`` on the i-th share counts. May be fewer than a row has shares, which
+        leaves the first shares out.
+    layers : int
+        Number of layers of the LLM.
+    rows
+        See `interpolated_shares`.
+
+    Returns
+    -------
+    tuple of float
+        One share per start.
+
+    Raises
+    ------
+    RetentionError
+        If the layers before the first cut alone use up the average.
+    """
+    check_average(average, starts[0], layers)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        reached = layer_average(starts, interpolated_shares(middle, rows)[-len(starts) :], layers)
+        low, high = (middle, high) if reached < average else (low, middle)
+    return interpolated_shares(high, rows)[-len(starts) :]
 
 
 def check_average(average: float, full_layers: int, layers: int) -> None:
