@@ -284,8 +284,9 @@ class _WindowSum(torch.autograd.Function):
         out = features.new_empty(*weights.shape[:4], features.shape[-1])
         for slab in _slabs(out):
             total = torch.zeros(out[:, slab].shape, dtype=dtype, device=out.device)
-            for offset, source in _sources(window, slab):
-                total.addcmul_(features[source].to(dtype), weights[(slice(None), slab, ..., *offset)].unsqueeze(-1))
+            for (frame, row, column), source in _sources(window, slab):
+                share = weights[:, slab, :, :, frame, row, column, None]
+                total.addcmul_(features[source].to(dtype), share)
             out[:, slab] = total
         return out
 
@@ -304,12 +305,12 @@ class _WindowSum(torch.autograd.Function):
         to_weights = torch.empty_like(weights, memory_format=torch.contiguous_format) if wants_weights else None
         for slab in _slabs(grad):
             part = grad[:, slab].to(dtype)
-            for offset, source in _sources(window, slab):
-                place = (slice(None), slab, ..., *offset)
+            for (frame, row, column), source in _sources(window, slab):
                 if to_features is not None:
-                    to_features[source] += (part * weights[place].unsqueeze(-1)).to(to_features.dtype)
+                    share = weights[:, slab, :, :, frame, row, column, None]
+                    to_features[source].add_((part * share).to(to_features.dtype))
                 if to_weights is not None:
-                    to_weights[place] = (part * features[source]).sum(-1)
+                    to_weights[:, slab, :, :, frame, row, column] = (part * features[source]).sum(-1)
         return None if to_features is None else to_features.to(features.dtype), to_weights, None
 
 
@@ -322,11 +323,12 @@ def _slabs(out: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, frames))
 
 
-def _sources(window: Window, slab: slice) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+def _sources(window: Window, slab: slice) -> Iterator[tuple[Triple, tuple[slice, ...]]]:
     """Every offset inside a window with the index that picks its patches out of ``[B, T, h, w, D]``."""
     starts = (slab.start, 0, 0)
     counts = (slab.stop - slab.start, *window.output[1:])
-    for offset in itertools.product(*map(range, window.kernel)):
+    frames, rows, columns = map(range, window.kernel)
+    for offset in itertools.product(frames, rows, columns):
         ranges = []
         for first, inside, count, step in zip(starts, offset, counts, window.stride, strict=True):
             begin = first * step + inside
