@@ -1,0 +1,51 @@
+"""Methods inside the LLM run and decide on a CUDA device as on the CPU, whole and in half precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tokensieve
+from tokensieve.hosts import tiny
+
+pytestmark = pytest.mark.gpu
+
+METHODS = (
+    "pyramiddrop:retention=0.3",
+    "sparsevlm:retention=0.3",
+    "sparsevlm:retention=0.1,version=1.0",
+    "sparsevlm:retention=0.3,version=2.0",
+    "dart:retention=0.3",
+    "transprune:retention=0.2",
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_same_sets(cuda: torch.device, family: str, method: str) -> None:
+    """First cut as on the CPU in a padded batch; text of the right length."""
+    model, processor = tiny.load(family)
+    inputs = tiny.example_inputs(family, processor, batch=2)
+    first: list[list[list[int]]] = []
+    for device in (torch.device("cpu"), cuda):
+        model = model.to(device).eval()
+        with torch.no_grad(), tokensieve.compress(model, method) as run:
+            out = model.generate(**inputs.to(device), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert out.shape[1] == inputs["input_ids"].shape[1] + 3
+        first.append([sorted(item.decoder[min(item.decoder)].tolist()) for item in run.history[-1].items])
+    assert first[0] == first[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_half_precision(on_cuda: Any, method: str, kernel: str) -> None:
+    """bfloat16 under both kernels: finite logits and fewer tokens behind the last cut."""
+    model, processor = on_cuda("llava_onevision", torch.bfloat16, kernel)
+    inputs = tiny.example_inputs("llava_onevision", processor, batch=2).to(model.device)
+    with torch.no_grad(), tokensieve.compress(model, method) as run:
+        scores = model(**inputs).logits
+    assert torch.isfinite(scores.float()).all()
+    for item in run.history[-1].items:
+        assert item.decoder[max(item.decoder)].numel() < item.keep.numel()
