@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -319,6 +322,8 @@ class TestAlignment:
         assert narrow.dtype == torch.float32
         torch.testing.assert_close(narrow, cosine, rtol=0, atol=2e-3)
         assert cosine_map(torch.zeros(1, 1, 8), text).tolist() == [[0.0]]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(cosine_map(patches, text), cosine)
 
     def test_resized_maps_sum_to_one(self) -> None:
         relevance = _relevance(2, 3, 6, 6)
@@ -600,3 +605,24 @@ class TestAdapter:
             tower(_draw(3, 12, 12))
         with pytest.raises(MethodError, match="choose 1 to 4"):
             BTAdapterVisionModel(plain, depth=5)
+
+
+def test_benchmark_in_miniature(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.syspath_prepend(str(root))
+    threads = torch.get_num_threads()
+    benchmark = importlib.import_module("benchmarks.ppllava_pooling")
+    try:
+        sizes = ["--frames", "4", "--side", "6", "--width", "8"]
+        assert benchmark.main(["--quick", *sizes, "--output", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "ppllava_pooling.json").read_text())
+    assert len(found["seconds"]) == 6 and all(len(times["both"]) == 2 for times in found["seconds"].values())
+    assert set(found["peak_bytes"]) == set(found["seconds"])
+    features, relevance = _draw(4, 36, 8), torch.full((4, 6, 6), 1 / 144)
+    calls = benchmark.contestants(features, relevance, 6)
+    averages = {name: call().flatten() for name, call in calls.items() if name != "guided: paper_raw"}
+    averages["average: avg_pool3d of a permuted view"] = _average(features, (6, 6), (2, 3, 3)).flatten()
+    for name, result in averages.items():
+        torch.testing.assert_close(result, averages[benchmark.MEAN], rtol=0, atol=1e-6, msg=name)

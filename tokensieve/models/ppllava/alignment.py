@@ -66,11 +66,13 @@ def cosine_map(patches: Tensor, text: Tensor) -> Tensor:
         ``[..., T, N]``.
     """
     wide = torch.promote_types(patches.dtype, torch.float32)
-    unit = normalize(text.to(wide), dim=-1, eps=_tiny(wide))
-    patches = patches.to(wide)
-    # Dividing the products instead of the patches spares a copy of these.
-    products = torch.matmul(patches, unit[..., None, :, None]).squeeze(-1)
-    return products / patches.norm(dim=-1).clamp_min(_tiny(wide))
+    # Autocast would take the products back to the narrow type.
+    with torch.autocast(patches.device.type, enabled=False):
+        unit = normalize(text.to(wide), dim=-1, eps=_tiny(wide))
+        patches = patches.to(wide)
+        # Dividing the products instead of the patches spares a copy of these.
+        products = torch.matmul(patches, unit[..., None, :, None]).squeeze(-1)
+        return products / patches.norm(dim=-1).clamp_min(_tiny(wide))
 
 
 def relevance_map(cosine: Tensor, scale: Tensor | float) -> Tensor:
