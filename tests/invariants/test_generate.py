@@ -364,3 +364,13 @@ def test_dispatched_model(loaded: Any, tmp_path: Any) -> None:
         with tokensieve.compress(each, "vidcom2:retention=0.3+fastv:retention=0.5"):
             results.append(greedy(each, inputs))
     assert torch.equal(*results)
+
+
+def test_language_model_called_alone(loaded: Any, cutter: str) -> None:
+    """Token ids handed straight to the language model are none of our business."""
+    model, _ = loaded("llava_onevision")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = model.base_model.language_model(input_ids=ids).last_hidden_state
+        with tokensieve.compress(model, cutter):
+            assert torch.equal(model.base_model.language_model(input_ids=ids).last_hidden_state, expected)

@@ -79,7 +79,7 @@ class Run:
         self._arguments: dict[str, Any] = {}
         self._compaction: Compaction | None = None
         self._ledger: Ledger | None = None
-        self._fresh: tuple[Tensor | None, Tensor | None] | None = None
+        self._offset: Tensor | None = None
 
     # -- attaching -------------------------------------------------------------------------------------------
 
@@ -155,10 +155,14 @@ class Run:
         self._ids, self._arguments = None, {}
 
     def _before_llm(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        self.clock.start("prefill" if kwargs["inputs_embeds"].shape[1] > 1 else "decode")
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            # Somebody calls the language model alone, with token ids: nothing visual can be in there.
+            return None
+        self.clock.start("prefill" if embeds.shape[1] > 1 else "decode")
         cache = kwargs.get("past_key_values")
         ledger = Ledger.of(cache)
-        self._compaction, self._fresh, self._ledger = None, None, ledger
+        self._compaction, self._offset, self._ledger = None, None, ledger
         calls = self._tap.calls(self._arguments.get("mm_encoder_outputs"))
         if ledger is not None:
             ledger.inside = True
@@ -202,7 +206,7 @@ class Run:
         prompt = Prompt(compaction.real, pasts, tracked, items, trace, single)
         earlier = dict(ledger.spans) if ledger is not None else {}
         self._decoder.begin(prompt, compaction.removed, earlier, kwargs["inputs_embeds"])
-        self._fresh = (offset, keys)
+        self._offset = offset
         return kwargs
 
     def _shorten(
@@ -294,13 +298,13 @@ class Run:
         self.clock.stop("decode")
         if self._ledger is not None:
             self._ledger.inside = False
-        if self._fresh is not None and output is not None:
+        if self._decoder.prompt is not None and output is not None:
             cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
             if cache is not None:
                 ledger = self._ledger or Ledger()
-                ledger.spans, ledger.offset = dict(self._decoder.spans), self._fresh[0]
+                ledger.spans, ledger.offset = dict(self._decoder.spans), self._offset
                 ledger.bind(cache)
-        self._fresh, self._ledger = None, None
+        self._offset, self._ledger = None, None
         self._decoder.end()
 
     # -- the loss ----------------------------------------------------------------------------------------------
