@@ -86,7 +86,9 @@ def test_counts_equal_the_operations_that_torch_counts(family: str, kind: str) -
     # One family computes the head for the whole prompt, whatever is asked for.
     logits = trace.before[0] if family == "video_llama_3" else 1
     tokens = layer_tokens(geometry.layers, trace.before[0])
-    assert decoder_work(geometry, tokens, logits=logits).operations == llm + head
+    # Some releases build the rotary tables by a matrix product, which is no work of the layers.
+    tables = sum(modules.get(f"{root}.model.language_model.rotary_emb", {}).values())
+    assert decoder_work(geometry, tokens, logits=logits).operations == llm + head - tables
     encoder = sum((encoder_work(model.config, item.layout) for item in trace.items), Work())
     assert encoder.operations == counter.get_total_flops() - llm - head
 
