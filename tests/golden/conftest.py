@@ -2,7 +2,8 @@
 
 A test module names its system in the module constant ``SYSTEM`` and takes the fixture ``golden``, the arrays
 of one file. Files are read from ``<directory>/<system>/``; the directory is the environment variable
-``TOKENSIEVE_GOLDEN_DIR``, or the project's own copy. A system without files fails, so that no check is lost.
+``TOKENSIEVE_GOLDEN_DIR``, or the project's own copy. A system without files fails, so that no check is lost; only
+a directory that somebody names may leave whole systems out, and the skip says so.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     """Fail the one run that stands for a system without files."""
     path = getattr(item, "callspec", None) and item.callspec.params.get("golden_path")
     if path is not None and not path.is_file():
+        if "TOKENSIEVE_GOLDEN_DIR" in os.environ and not path.is_dir():
+            pytest.skip(f"{GOLDEN_DIR} holds no cases of {path.name}")
         pytest.fail(
             f"there is no golden file (.npz) in {path}; set TOKENSIEVE_GOLDEN_DIR to a folder that holds one "
             "sub-folder per system.",
