@@ -18,7 +18,7 @@ from tokensieve.core.plan import Plan
 from tokensieve.core.registry import register
 from tokensieve.core.sample import DecoderSample, HostFacts
 from tokensieve.errors import MethodError
-from tokensieve.ops.depth import Numbers, geometric_factor, numbers, spread_layers
+from tokensieve.ops.depth import Numbers, geometric_factor, numbers, spread_layers, stated_shares
 from tokensieve.ops.select import top_indices
 
 NEXT = "decoder.next_last_query_attention"
@@ -163,10 +163,7 @@ class PyramidDrop(Method):
         """Share of the entered tokens behind every cut."""
         cuts = self.decoder_layers(facts)
         if self.ratios is not None:
-            shares = numbers(self.ratios, "ratios")
-            if len(shares) != len(cuts):
-                raise MethodError(f"pyramiddrop has {len(cuts)} cuts but {len(shares)} ratios; give as many of each.")
-            return shares
+            return stated_shares(self.ratios, cuts, self.name)
         if self.average:
             factor = geometric_factor(self.retention, cuts, facts.decoder_layers)
         else:

@@ -18,7 +18,7 @@ from tokensieve.core.plan import Plan
 from tokensieve.core.registry import register
 from tokensieve.core.sample import DecoderSample, HostFacts
 from tokensieve.errors import MethodError
-from tokensieve.ops.depth import Numbers, average_shares, interpolated_shares, numbers, spread_layers
+from tokensieve.ops.depth import Numbers, average_shares, interpolated_shares, numbers, spread_layers, stated_shares
 from tokensieve.ops.select import top_indices
 from tokensieve.ops.token_transition import transition_score
 
@@ -117,10 +117,7 @@ class TransPrune(Method):
         """Share of the entered tokens behind every cut."""
         cuts = self.decoder_layers(facts)
         if self.ratios is not None:
-            shares = numbers(self.ratios, "ratios")
-            if len(shares) != len(cuts):
-                raise MethodError(f"transprune has {len(cuts)} cuts but {len(shares)} ratios; give as many of each.")
-            return shares
+            return stated_shares(self.ratios, cuts, self.name)
         if len(cuts) > len(LAYERS):
             raise MethodError(f"transprune knows shares for three cuts, not {len(cuts)}; give ratios as well.")
         if self.average:

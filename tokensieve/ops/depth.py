@@ -45,6 +45,20 @@ def numbers(value: Numbers, option: str) -> tuple[float, ...]:
     return tuple(int(number) if number.is_integer() else number for number in found)
 
 
+def stated_shares(value: Numbers, cuts: Sequence[int], method: str) -> tuple[float, ...]:
+    """Shares that a user states for every cut, from the option ``ratios``.
+
+    Raises
+    ------
+    MethodError
+        If there are not as many shares as cuts.
+    """
+    shares = numbers(value, "ratios")
+    if len(shares) != len(cuts):
+        raise MethodError(f"{method} has {len(cuts)} cuts but {len(shares)} ratios; give as many of each.")
+    return shares
+
+
 def spread_layers(wanted: Sequence[float], layers: int, first: int = 1) -> tuple[int, ...]:
     """Distinct layers close to wanted ones.
 
