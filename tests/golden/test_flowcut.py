@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from tokensieve.core.encode import EncodeCall, EncodedItem
+from tokensieve.core.layout import Layout
+from tokensieve.core.sample import HostFacts
+from tokensieve.core.tower_stage import TowerStage
+from tokensieve.hosts.towers import PictureTower
 from tokensieve.methods import flowcut
 
 SYSTEM = "flowcut"
@@ -65,6 +70,39 @@ def _check_encoder(golden: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(states[-1][:, 1:].numpy(), golden["features"], rtol=0, atol=1e-4)
 
 
+def _check_hooks(golden: dict[str, np.ndarray]) -> None:
+    """The registered method on the unmodified model: survivors stand at their places, zeros at those of the others."""
+    tower = _tower(golden)
+    layers, image, patch, target = (int(golden["config"][i]) for i in (2, 4, 5, 6))
+    side = image // patch
+    facts = HostFacts("llava", 32, layers, layers - 2, True, patch_tokens=True)
+    stage = TowerStage(
+        tower, PictureTower("encoder.layers", class_token=True), facts, flowcut.FlowCut(target / side**2)
+    )
+    pixels = torch.from_numpy(golden["pixel_values"])
+    pictures = pixels.shape[0]
+    whole = EncodedItem(Layout.regular("image", pictures, side, side), slice(0, pictures))
+    found: list[Tensor] = []
+    with torch.no_grad():
+        plain = tower(pixels, output_hidden_states=True).hidden_states[-2]
+        stage.attach()
+        # The released code couples the pictures of a batch, whatever images they belong to.
+        stage.begin(EncodeCall("video", {"pixel_values_videos": pixels}, [whole]), lambda *given: found.extend(given))
+        states = tower(pixels, output_hidden_states=True).hidden_states[-2]
+        stage.detach()
+        assert torch.equal(tower(pixels, output_hidden_states=True).hidden_states[-2], plain)
+    groups, seen = found
+    keep = torch.from_numpy(golden["keep_indices"])
+    kept = torch.zeros(pictures, side * side, dtype=torch.bool).scatter_(1, keep, True)
+    assert torch.equal(groups >= 0, kept)
+    # Tokens that enter a block and that leave the last one; the plain list of states begins with the embeddings.
+    assert [int(entry[0]) for entry in seen[0]] == golden["tokens_per_hidden_state"].tolist()[:layers]
+    np.testing.assert_allclose(
+        states[:, 1:][kept].view(pictures, -1, states.shape[2]).numpy(), golden["features"], rtol=0, atol=1e-4
+    )
+    assert bool((states[:, 1:][~kept] == 0).all())
+
+
 def _check_functions(golden: dict[str, np.ndarray]) -> None:
     attention, semantic, value = (torch.from_numpy(golden[k]) for k in ("cls_attn", "semantic_attn", "value"))
     score = flowcut.flow_scores(attention, semantic, value)
@@ -102,6 +140,7 @@ def _check_decoder(golden: dict[str, np.ndarray]) -> None:
 def test_matches_reference(golden: dict[str, np.ndarray]) -> None:
     if "pixel_values" in golden:
         _check_encoder(golden)
+        _check_hooks(golden)
     elif "ratio_attn" in golden:
         _check_functions(golden)
     elif "hidden_states" in golden:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.modeling_outputs import BaseModelOutput
 
+from tokensieve.core.encode import EncodeCall, EncodedItem
+from tokensieve.core.layout import Layout
+from tokensieve.core.sample import HostFacts
+from tokensieve.core.tower import TowerProgram, TowerSample
+from tokensieve.core.tower_stage import TowerStage
+from tokensieve.hosts.towers import PictureTower
 from tokensieve.methods import tome
 from tokensieve.ops.bipartite import alternate_match, merge_groups, run_match, unmerge_groups
 
@@ -90,6 +98,82 @@ def _check_encoder(golden: dict[str, np.ndarray]) -> None:
     np.testing.assert_array_equal(tome.source_map(state.groups).numpy(), golden["source"])
 
 
+class _Tower(torch.nn.Module):
+    """The blocks of a CLIP tower alone: takes tokens in the place of pixels."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], layers: int, width: int) -> None:
+        super().__init__()
+        config = CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=weights["blocks.0.mlp.fc1.weight"].shape[0],
+            num_hidden_layers=layers,
+            num_attention_heads=HEADS,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,
+            image_size=8,
+            patch_size=1,
+        )
+        model = CLIPVisionModel(config)
+        self.encoder = getattr(model, "vision_model", model).encoder
+        self.config = config
+        for number, layer in enumerate(self.encoder.layers):
+            names = {
+                "layer_norm1": "norm1",
+                "layer_norm2": "norm2",
+                "mlp.fc1": "mlp.fc1",
+                "mlp.fc2": "mlp.fc2",
+                "self_attn.out_proj": "attn.proj",
+            }
+            for kind in ("weight", "bias"):
+                state = {
+                    f"{ours}.{kind}": weights[f"blocks.{number}.{theirs}.{kind}"] for ours, theirs in names.items()
+                }
+                fused = weights.get(f"blocks.{number}.attn.qkv.{kind}", torch.zeros(3 * width)).chunk(3)
+                state |= {f"self_attn.{p}_proj.{kind}": x for p, x in zip("qkv", fused, strict=True)}
+                layer.load_state_dict(state, strict=False)
+
+    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutput:
+        return self.encoder(inputs_embeds=pixel_values)
+
+
+class _Scheduled(tome.Tome):
+    """The method with a schedule of its own."""
+
+    schedule: tuple[int, ...] = ()
+
+    def tower_program(self, sample: TowerSample) -> TowerProgram:
+        return tome.MergeProgram(self.schedule, sample.class_token, self.proportional)
+
+
+def _check_hooks(golden: dict[str, np.ndarray]) -> None:
+    """The same through hooks on unmodified blocks; every patch finds the token that stands for it."""
+    weights = {name.removeprefix("w."): torch.from_numpy(array) for name, array in golden.items() if name[:2] == "w."}
+    values, schedule = torch.from_numpy(golden["x"]), golden["r_schedule"].tolist()
+    batch, tokens, width = values.shape
+    tower = _Tower(weights, len(schedule), width).eval()
+    method = _Scheduled(proportional=bool(golden["prop_attn"]))
+    method.schedule = tuple(schedule)
+    marked = bool(golden["class_token"])
+    facts = HostFacts("llava", 32, len(schedule), len(schedule) - 1, marked)
+    stage = TowerStage(tower, PictureTower("encoder.layers", class_token=marked), facts, method)
+    item = EncodedItem(Layout.regular("image", batch, 1, tokens - int(marked)), slice(0, batch))
+    found: list[torch.Tensor] = []
+    with torch.no_grad():
+        stage.attach()
+        stage.begin(EncodeCall("image", {"pixel_values": values}, [item]), lambda *given: found.extend(given))
+        out = tower(values).last_hidden_state
+        stage.detach()
+    source = torch.from_numpy(golden["source"]).long()
+    member = source.argmax(dim=1)
+    assert torch.equal(source.gather(1, member.unsqueeze(1)), torch.ones(batch, 1, tokens, dtype=torch.long))
+    first = int(marked)
+    starts = torch.arange(batch).unsqueeze(1) * (tokens - first)
+    assert torch.equal(found[0], member[:, first:] - first + starts)
+    normed = functional.layer_norm(out, (width,), weights["norm.weight"], weights["norm.bias"], 1e-6)
+    expected = torch.from_numpy(golden["out"])
+    _close(normed, expected.gather(1, member.unsqueeze(2).expand(-1, -1, width)).numpy())
+
+
 def test_matches_reference(golden: dict[str, np.ndarray]) -> None:
     if "r_effective" in golden:
         _check_match(golden)
@@ -97,6 +181,7 @@ def test_matches_reference(golden: dict[str, np.ndarray]) -> None:
         _check_runs(golden)
     elif "r_schedule" in golden:
         _check_encoder(golden)
+        _check_hooks(golden)
     elif "schedule_0" in golden:
         _check_schedules(golden)
     else:

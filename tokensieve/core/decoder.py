@@ -244,6 +244,7 @@ class DecoderStage:
             memory=prompt.memory[number, row],
             budget=torch.cat(budget) if budget else None,
             facts=self.facts,
+            uncompressed=torch.tensor([item.encoded.layout.patches for _, item in mine]),
         )
 
     def _advance(self, compaction: Compaction) -> None:

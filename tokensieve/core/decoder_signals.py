@@ -22,6 +22,9 @@ NEXT_TEXT = "decoder.next_text_attention"
 TRANSITION = "decoder.transition"
 KEYS = "decoder.keys"
 NORMED = "decoder.normed_states"
+VISUAL = "decoder.visual_attention"
+LIKENESS = "decoder.value_likeness"
+LENGTH = "decoder.value_length"
 
 
 @dataclass
@@ -175,6 +178,16 @@ class DecoderSignals:
             found[TEXT] = attention[:, :, columns]
         if BIAS in wanted:
             found[BIAS] = self._position_bias(module, tables, view)
+        if VISUAL in wanted:
+            attention = self._attention(module, one, tables, torch.tensor([view.last]), view.keys, cache, row)
+            alone = attention[:, 0, columns]
+            found[VISUAL] = (alone / alone.sum(-1, keepdim=True)).mean(0)
+        if LIKENESS in wanted or LENGTH in wanted:
+            places = torch.cat((view.visual, torch.tensor([view.last]))).to(hidden.device)
+            values = _project(module, "v", one.index_select(1, places))[0].float()
+            scores = (values[:, :-1] @ values[:, -1:].transpose(1, 2)).squeeze(2) * module.head_dim**-0.5
+            found[LIKENESS] = scores.softmax(-1).mean(0)
+            found[LENGTH] = values[:, :-1].mean(0).abs().sum(-1)
         if KEYS in wanted:
             keys = self._keys(module, one, tables, view.keys, cache, row)
             past = view.keys.numel() - hidden.shape[1]

@@ -52,12 +52,16 @@ class EncodeCall:
         The visual items in the order of the call.
     raw
         Tower signals by request text, in the tower's own units.
+    tower_tokens : Tensor [pictures, layers, 2], optional
+        Tokens that attention and feed-forward part of every tower block saw, where a method shortened the
+        sequence inside the tower.
     """
 
     modality: ItemKind
     arguments: Mapping[str, Any]
     items: list[EncodedItem] = field(default_factory=list)
     raw: dict[str, Tensor] = field(default_factory=dict)
+    tower_tokens: Tensor | None = None
 
     @property
     def pixel_key(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokensieve.core.layout import Layout
 from tokensieve.core.plan import Plan, Positions, join_views
 from tokensieve.core.sample import DecoderSample, FrameSample, HostFacts, PromptSample, TokenSample
+from tokensieve.core.tower import Together, TowerProgram, TowerSample
 from tokensieve.errors import MethodError, RetentionError
 from tokensieve.ops.allocate import keep_count
 
@@ -103,6 +104,15 @@ class Method:
     def plan_frames(self, sample: FrameSample) -> Tensor:
         """Frames to encode, ascending int64 [M]; all by default."""
         return torch.arange(sample.frames)
+
+    @property
+    def tower_together(self) -> Together:
+        """Which pictures a method inside the tower must see together; fewer are slower."""
+        return "all"
+
+    def tower_program(self, sample: TowerSample) -> TowerProgram:
+        """What happens to the tokens of some pictures inside the vision tower."""
+        raise MethodError(f"{self.name} does not act inside the vision tower.")
 
     def plan_tokens(self, sample: TokenSample) -> Plan:
         """Tokens that enter the LLM."""

@@ -158,6 +158,8 @@ class Planner:
             if method.budget is not None:
                 item.budgets[number] = allocate(method.budget, sample, method.retention)
         plan = self._plan_tokens(sample)
+        if item.call.tower_tokens is not None:
+            plan.info = {**plan.info, "tower_tokens": self._tower_tokens(item)}
         if tokens is not None:
             plan = _onto(plan, layout.patches, tokens, layout.patch_tokens, part.patch_tokens)
             plan.views = kept_views
@@ -207,6 +209,14 @@ class Planner:
                 pooled = pooled[encoded.present.to(pooled.device)]
             signals[str(request)] = pooled
         return signals
+
+    @staticmethod
+    def _tower_tokens(item: PromptItem) -> Tensor:
+        """Tokens that every tower block saw, mean over the pictures of the item [layers, 2]."""
+        whole = item.encoded.whole or item.encoded
+        _, source = whole.fewer or (item.call, whole)
+        assert item.call.tower_tokens is not None
+        return item.call.tower_tokens[source.units].float().mean(0)
 
     def _pooled(self, call: EncodeCall, item: EncodedItem, raw: Tensor, request: SignalRequest) -> Tensor:
         """A tower signal brought to the item's tokens, channel by channel where it has channels [n] or [n, d]."""

@@ -66,7 +66,8 @@ class Run:
         self.memory = PeakMemory(next(model.parameters()).device)
         self.history: deque[PrefillTrace] = deque(maxlen=HISTORY)
         frame_method = next((m for m in self.methods if "frames" in m.stages), None)
-        self._tap = EncoderTap(self.base, host, self.requests, frame_method, self.clock)
+        tower_method = next((m for m in self.methods if "encoder" in m.stages), None)
+        self._tap = EncoderTap(self.base, host, self.requests, frame_method, self.clock, tower_method)
         self._planner = Planner(self.base, host, self.facts, self.methods, self.requests)
         deciding = [m for m in self.methods if {"frames", "tokens"} & set(m.stages)]
         self.positions = deciding[0].position_policy if deciding and self.facts.position_axes == 1 else "original"
@@ -364,7 +365,7 @@ def attached(model: nn.Module) -> Run | None:
 
 def check_composition(methods: Sequence[Method]) -> None:
     """Raise MethodError for methods that cannot act together."""
-    for stage in ("frames", "tokens"):
+    for stage in ("frames", "encoder", "tokens"):
         acting = [m.name for m in methods if stage in m.stages]
         if len(acting) > 1:
             raise MethodError(

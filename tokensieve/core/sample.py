@@ -33,6 +33,10 @@ class HostFacts:
         Number of first decoder layers that receive extra visual features; no cut may happen inside.
     window_attention
         Whether some tower layers attend inside windows only.
+    patch_tokens
+        Whether every patch of the tower becomes one token of the LLM, without pooling.
+    tiled_images
+        Whether an image may be several pictures (a base picture and tiles).
     """
 
     family: str
@@ -43,6 +47,8 @@ class HostFacts:
     position_axes: int = 1
     deepstack_layers: int = 0
     window_attention: bool = False
+    patch_tokens: bool = False
+    tiled_images: bool = False
 
 
 @dataclass
@@ -138,6 +144,8 @@ class DecoderSample:
         Index of the decoder layer that will run on what is kept.
     entered
         Number of visual patch tokens of the row that entered the LLM.
+    uncompressed : Tensor [items], optional
+        Patches of every visual item of the row before any compression.
     view, item : Tensor [n]
         Frame (counted over all items of the row) and item of every token.
     signals
@@ -157,6 +165,7 @@ class DecoderSample:
     memory: dict[str, Any] = field(default_factory=dict)
     budget: Tensor | None = None
     facts: HostFacts | None = None
+    uncompressed: Tensor | None = None
 
     @property
     def attention(self) -> Tensor:

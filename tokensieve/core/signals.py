@@ -65,6 +65,25 @@ SIGNALS: dict[str, Signal] = {
             "Keys of a patch in one tower layer, mean over heads, pooled like the features.",
         ),
         Signal(
+            "encoder.groups",
+            "encoder",
+            "[n]",
+            "Token of the shortened tower that a patch became part of, -1 for dropped ones, where a method acts "
+            "inside the tower and every patch is a token of the LLM.",
+        ),
+        Signal(
+            "tower.blocks",
+            "encoder",
+            "[B, H, T, d]",
+            "Queries, keys and values of every tower block while it runs, for methods that shorten its sequence.",
+        ),
+        Signal(
+            "tower.class_token",
+            "encoder",
+            "[B, H, T, d]",
+            "The same of a tower with a class token, whose attention and value the patches are compared with.",
+        ),
+        Signal(
             "decoder.last_query_attention",
             "decoder",
             "[n]",
@@ -104,6 +123,26 @@ SIGNALS: dict[str, Signal] = {
             "[T, n]",
             "Attention logit between two vectors of ones at the positions of a text token behind the visual tokens and "
             "of a visual token, in the layer before the cut: what the rotary positions alone favour.",
+        ),
+        Signal(
+            "decoder.visual_attention",
+            "decoder",
+            "[n]",
+            "Attention of the last prompt token to the visual tokens alone (softmax over these) in the layer before "
+            "the cut, mean over heads.",
+        ),
+        Signal(
+            "decoder.value_likeness",
+            "decoder",
+            "[n]",
+            "Softmax over the visual tokens of the scaled products of their values with that of the last prompt token, "
+            "in the layer before the cut, mean over heads.",
+        ),
+        Signal(
+            "decoder.value_length",
+            "decoder",
+            "[n]",
+            "Sum of magnitudes of the value of a visual token, mean over heads first, in the layer before the cut.",
         ),
         Signal(
             "decoder.keys",

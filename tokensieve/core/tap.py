@@ -15,6 +15,8 @@ from tokensieve.core.layout import ItemKind
 from tokensieve.core.method import Method
 from tokensieve.core.sample import FrameSample
 from tokensieve.core.signals import SignalRequest
+from tokensieve.core.tower_stage import GROUPS, TowerStage
+from tokensieve.errors import MethodError
 from tokensieve.hosts.base import Host
 
 _CALL = "tokensieve_call"
@@ -35,6 +37,13 @@ class EncoderTap:
         Method that drops frames before they are encoded, if any.
     clock
         Called with a stage name; returns a context manager that times it.
+    tower_method
+        Method that shortens sequences inside the tower, if any.
+
+    Raises
+    ------
+    MethodError
+        When a method shortens sequences inside the tower while another reads signals from it.
     """
 
     def __init__(
@@ -44,12 +53,22 @@ class EncoderTap:
         requests: Sequence[SignalRequest],
         frame_method: Method | None,
         clock: Callable[[str], Any],
+        tower_method: Method | None = None,
     ) -> None:
         self.base, self.host = base, host
         self.requests = requests
         self.frame_method = frame_method
         self.clock = clock
         self.pending: dict[ItemKind, EncodeCall] = {}
+        self._tower: TowerStage | None = None
+        if tower_method is not None and tower_method.retention < 1.0:
+            for request in requests:
+                if request.name != GROUPS:
+                    raise MethodError(
+                        f"{tower_method.name} shortens the sequence inside the vision tower, so that {request} cannot "
+                        "be read there; compose it with methods that need no signal of the tower."
+                    )
+            self._tower = TowerStage(host.tower_module(base), host.tower(base), host.facts(base), tower_method)
         self._active: EncodeCall | None = None
         self._handles: list[Any] = []
         self._wrapped: list[str] = []
@@ -61,7 +80,11 @@ class EncoderTap:
             setattr(self.base, name, self._wrap(modality, getattr(self.base, name)))
             self._wrapped.append(name)
         tower = self.host.tower(self.base)
+        if self._tower is not None:
+            self._tower.attach()
         for request in self.requests:
+            if request.name == GROUPS:
+                continue
             layer = self.host.resolve_layer(self.base, request)
             module = self.host.tower_module(self.base)
             self._handles += tower.listen(module, request.name, layer, self._collect, str(request))
@@ -72,6 +95,8 @@ class EncoderTap:
             handle.remove()
         for name in self._wrapped:
             delattr(self.base, name)
+        if self._tower is not None:
+            self._tower.detach()
         self._handles, self._wrapped, self._active = [], [], None
         self.pending = {}
 
@@ -127,7 +152,7 @@ class EncoderTap:
         """The encoder on all frames, or on those that the frames-stage method keeps."""
         method = self.frame_method
         if method is None or call.modality != "video":
-            return original(**call.arguments)
+            return self._encode(original, call, call)
         keeps = []
         for index, item in enumerate(call.items):
             item.frames_kept = method.plan_frames(FrameSample(len(item.layout.views), index)).long().cpu()
@@ -135,12 +160,26 @@ class EncoderTap:
         if not self.host.drops_frames or all(
             keep.numel() == len(item.layout.views) for keep, item in zip(keeps, call.items, strict=True)
         ):
-            return original(**call.arguments)
+            return self._encode(original, call, call)
         fewer = EncodeCall(call.modality, self.host.with_frames(self.base, call, keeps))
         fewer.items = self.host.describe(self.base, fewer)
         for item, encoded in zip(call.items, fewer.items, strict=True):
             item.fewer = (fewer, encoded)
-        return _spread(original(**fewer.arguments), call)
+        return _spread(self._encode(original, fewer, call), call)
+
+    def _encode(self, original: Callable[..., Any], encoded: EncodeCall, call: EncodeCall) -> Any:
+        """Run the encoder on the arguments of one call and keep what is learnt with another."""
+        if self._tower is None:
+            return original(**encoded.arguments)
+
+        def keep(groups: Tensor, seen: Tensor) -> None:
+            call.raw[GROUPS], call.tower_tokens = groups, seen
+
+        self._tower.begin(encoded, keep)
+        try:
+            return original(**encoded.arguments)
+        finally:
+            self._tower.end()
 
 
 def _spread(output: Any, call: EncodeCall) -> Any:

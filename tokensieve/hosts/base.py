@@ -21,7 +21,8 @@ class Host:
     """One model family: module paths, token layout, position scheme, signal providers. Knows no method.
 
     ``ragged_frames`` says, where the family's own processor leaves tokens out, how to get whole frames;
-    ``drops_frames`` whether frames can be left out before they are encoded.
+    ``drops_frames`` whether frames can be left out before they are encoded; ``patch_tokens`` whether every patch of
+    the tower is one token of the LLM; ``tiled_images`` whether an image may be several pictures.
 
     The paths are relative to the base model (``model.model`` of a ``...ForConditionalGeneration``), which runs
     the encoder, scatters its features over the placeholders and calls the language model.
@@ -40,6 +41,8 @@ class Host:
     window_attention: ClassVar[bool] = False
     ragged_frames: ClassVar[str] = ""
     absent: ClassVar[Mapping[str, str]] = {}
+    patch_tokens: ClassVar[bool] = False
+    tiled_images: ClassVar[bool] = False
 
     def tower(self, base: Any) -> PictureTower:
         """How attention is read out of this family's vision tower."""
@@ -71,6 +74,8 @@ class Host:
             position_axes=self.position_axes,
             deepstack_layers=self.deepstack_layers(base),
             window_attention=self.window_attention,
+            patch_tokens=self.patch_tokens,
+            tiled_images=self.tiled_images,
         )
 
     def feature_layer(self, base: Any) -> int:
@@ -92,6 +97,12 @@ class Host:
             return "recomputed" if self.tower(base).class_token else "absent"
         if name not in SIGNALS:
             return "absent"
+        if name.startswith("tower.") and not self._open_tower(base):
+            return "absent"
+        if name == "tower.class_token" and not self.tower(base).class_token:
+            return "absent"
+        if name == "encoder.groups" and not (self.patch_tokens and self._open_tower(base)):
+            return "absent"
         native = ("tokens.features", "decoder.hidden_states", "frames.count")
         return "native" if name in native else "recomputed"
 
@@ -99,11 +110,20 @@ class Host:
         """One clause on why a signal does not exist here."""
         if name in self.absent:
             return self.absent[name]
-        if name == "encoder.class_attention":
+        if name in ("encoder.class_attention", "tower.class_token"):
             return "its vision tower has no class token"
+        if name == "encoder.groups":
+            return "patches are pooled on their grid between the tower and the LLM"
+        if name == "tower.blocks":
+            return "its tower packs all pictures into one sequence, or several of its layers are projected"
         if name in ("encoder.patch_attention", "encoder.given_attention"):
             return "its vision tower has no class token, so that encoder.received_attention says it all"
         return "nothing in this family gives it"
+
+    def _open_tower(self, base: Any) -> bool:
+        """Whether sequences can be shortened inside the tower: pictures in a batch, one projected layer."""
+        several = isinstance(getattr(base.config, "vision_feature_layer", -1), (list, tuple))
+        return not several and not self.tower(base).packed
 
     def resolve_layer(self, base: Any, request: SignalRequest) -> int:
         """Tower layer (from zero) that a request means."""

@@ -28,7 +28,7 @@ class InternVL(Host):
 
     def tower(self, base: Any) -> PictureTower:
         """A ViT with class token and optional query / key norms."""
-        return PictureTower("encoder.layer", "attention", class_token=True)
+        return PictureTower("encoder.layer", "attention", class_token=True, norm="layernorm_after", scale="lambda_2")
 
     def side(self, base: Any) -> int:
         """Tokens along one side of a picture after the pixel shuffle."""

@@ -69,6 +69,8 @@ class _LlavaHost(Host):
 class _AnyResolutionHost(_LlavaHost):
     """Images as a base picture followed by a mosaic of tiles, unpadded, with a newline behind each mosaic row."""
 
+    tiled_images = True
+
     def describe_images(self, base: Any, call: EncodeCall) -> list[EncodedItem]:
         """Cells found by sending coordinates through the model's own packing of tiles."""
         items, start = [], 0
@@ -149,6 +151,7 @@ class Llava(_LlavaHost):
     title = "LLaVA-1.5"
     model_types = ("llava",)
     modalities = ("image",)
+    patch_tokens = True
     layout_note = "24 x 24 patches a picture, no newline"
 
 
@@ -160,6 +163,7 @@ class LlavaNext(_AnyResolutionHost):
     title = "LLaVA-NeXT"
     model_types = ("llava_next",)
     modalities = ("image",)
+    patch_tokens = True
     layout_note = "base picture + unpadded mosaic, a newline behind each mosaic row"
 
 

@@ -30,6 +30,17 @@ class QueriesKeys:
     segments: Tensor | None = None
 
 
+@dataclass
+class TowerBlock:
+    """A pre-norm layer of a picture tower, ``x + attention(norm1(x))`` and then ``x + scale * feed(norm(x))``."""
+
+    layer: Any
+    attention: Any
+    norm: Any
+    feed: Any
+    scale: Tensor | None = None
+
+
 class PictureTower:
     """Towers that take a batch of pictures [B, 3, H, W]: CLIP, SigLIP, InternVL's ViT.
 
@@ -41,14 +52,44 @@ class PictureTower:
         Name of the attention module inside a layer.
     class_token
         Whether position 0 is a class token.
+    norm, feed
+        Names of the norm in front of the feed-forward part and of that part inside a layer.
+    scale
+        Name of the parameter that the output of the feed-forward part is multiplied by, where there is one.
     """
 
     packed = False
 
-    def __init__(self, layers: str, attention: str = "self_attn", class_token: bool = False) -> None:
+    def __init__(
+        self,
+        layers: str,
+        attention: str = "self_attn",
+        class_token: bool = False,
+        norm: str = "layer_norm2",
+        feed: str = "mlp",
+        scale: str | None = None,
+    ) -> None:
         self.layers_path = layers
         self.attention_name = attention
         self.class_token = class_token
+        self.norm_name, self.feed_name, self.scale_name = norm, feed, scale
+
+    def blocks(self, tower: Any) -> list[TowerBlock]:
+        """The layers in order, taken apart."""
+        return [
+            TowerBlock(
+                layer,
+                getattr(layer, self.attention_name),
+                getattr(layer, self.norm_name),
+                getattr(layer, self.feed_name),
+                getattr(layer, self.scale_name) if self.scale_name else None,
+            )
+            for layer in tower.get_submodule(self.layers_path)
+        ]
+
+    def attended(self, attention: Any) -> dict[str, nn.Module]:
+        """Modules whose outputs are queries, keys and values."""
+        return {**self.projections(attention), "v": attention.v_proj}
 
     def attentions(self, tower: Any) -> list[nn.Module]:
         """Attention modules in order."""

@@ -413,8 +413,11 @@ def _encoder(run: Run, traces: Sequence[PrefillTrace]) -> Change | None:
             for item in {id(item.layout): item for item in trace.items}.values():
                 whole = encoder_work(config, item.layout)
                 before += whole
+                views, seen = None, item.info.get("tower_tokens")
                 if skips and item.layout.kind == "video":
-                    whole = encoder_work(config, item.layout, item.per_frame().nonzero().flatten().tolist())
+                    views = item.per_frame().nonzero().flatten().tolist()
+                if views is not None or seen is not None:
+                    whole = encoder_work(config, item.layout, views, None if seen is None else seen.tolist())
                 after += whole
     except (HostError, AttributeError):
         return None

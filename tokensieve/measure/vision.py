@@ -95,7 +95,7 @@ def tower_kind(vision: Any) -> str:
     return kind
 
 
-def tower_work(vision: Any, grids: Iterable[Grid]) -> Work:
+def tower_work(vision: Any, grids: Iterable[Grid], seen: Sequence[Sequence[float]] | None = None) -> Work:
     """Multiply-accumulates of a vision tower.
 
     Parameters
@@ -105,6 +105,9 @@ def tower_work(vision: Any, grids: Iterable[Grid]) -> Work:
     grids : iterable of (rows, columns)
         Patches of every picture (CLIP, SigLIP, InternVL) or temporal step (packed towers); each attends
         only inside itself.
+    seen : sequence of (tokens, tokens), optional
+        Tokens of a picture, class token included, that attention and feed-forward part of every layer see, where a
+        method shortens the sequence inside the tower; by default all everywhere.
 
     Returns
     -------
@@ -112,6 +115,8 @@ def tower_work(vision: Any, grids: Iterable[Grid]) -> Work:
         The patch embedding is under ``other``.
     """
     geometry = TowerGeometry.of(vision)
+    if seen is not None:
+        return _shortened_work(geometry, list(grids), seen)
     extra = int(geometry.class_token)
     width, layers = geometry.width, geometry.layers
     full = layers if geometry.full_layers is None else geometry.full_layers
@@ -128,6 +133,18 @@ def tower_work(vision: Any, grids: Iterable[Grid]) -> Work:
             other=rows * columns * geometry.patch_inputs * width,
         )
     return total
+
+
+def _shortened_work(geometry: TowerGeometry, grids: Sequence[Grid], seen: Sequence[Sequence[float]]) -> Work:
+    """Multiply-accumulates of a picture tower whose blocks see fewer and fewer tokens."""
+    width, pictures = geometry.width, len(grids)
+    attended, fed = ([float(entry[i]) for entry in seen] for i in (0, 1))
+    return Work(
+        projections=round(pictures * sum(4 * tokens * width * width for tokens in attended)),
+        attention=round(pictures * sum(2 * tokens**2 * width for tokens in attended)),
+        mlp=round(pictures * sum((3 if geometry.gated else 2) * tokens * width * geometry.mlp for tokens in fed)),
+        other=sum(rows * columns for rows, columns in grids) * geometry.patch_inputs * width,
+    )
 
 
 def window_sizes(rows: int, columns: int, window: int) -> list[int]:
@@ -191,10 +208,15 @@ def projector_work(config: Any, layout: Layout, grids: Sequence[Grid], views: Se
     return Work(other=patches * (width * hidden + hidden * hidden))
 
 
-def encoder_work(config: Any, layout: Layout, views: Sequence[int] | None = None) -> Work:
-    """Multiply-accumulates of tower and projector for one visual item; arguments as `tower_grids`."""
+def encoder_work(
+    config: Any,
+    layout: Layout,
+    views: Sequence[int] | None = None,
+    seen: Sequence[Sequence[float]] | None = None,
+) -> Work:
+    """Multiply-accumulates of tower and projector for one visual item; arguments as `tower_grids`, `tower_work`."""
     grids = tower_grids(config, layout, views)
-    return tower_work(config.vision_config, grids) + projector_work(config, layout, grids, views)
+    return tower_work(config.vision_config, grids, seen) + projector_work(config, layout, grids, views)
 
 
 def _merge(config: Any, layout: Layout) -> int:

@@ -5,22 +5,35 @@ Based on "FlowCut: Rethinking Redundancy via Information Flow for Efficient Visi
 vector to that of the class token, and by the length of the value. Scores are smoothed over layers; every second
 layer drops some patches, more of them the more concentrated the attention is.
 
-The functions take attention rows and values inside a running encoder or decoder layer, which the runtime does
-not hand to methods, so there is no registered method of this name.
+Images of several pictures (a base picture and tiles) leave the encoder with half of the wanted number of patches a
+picture, two and a half times as many in all; the LLM drops the rest behind its second layer.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from tokensieve.core.layout import Layout
+from tokensieve.core.method import Fidelity, Method, Stage
+from tokensieve.core.plan import Plan
+from tokensieve.core.registry import register
+from tokensieve.core.sample import DecoderSample, HostFacts, TokenSample
+from tokensieve.core.tower import Block, Together, TowerProgram, TowerSample
 from tokensieve.errors import MethodError
+from tokensieve.ops.allocate import keep_count
 from tokensieve.ops.select import top_indices
 from tokensieve.ops.similarity import as_float32
 
+CLASS = "tower.class_token"
+GROUPS = "encoder.groups"
+ATTENTION = "decoder.visual_attention"
+LIKENESS = "decoder.value_likeness"
+LENGTH = "decoder.value_length"
 SMOOTHING = 0.5
 _LOG_GUARD = 1e-7
 
@@ -261,3 +274,112 @@ def select_in_decoder(
     likeness = semantic_attention(v[None], v_last[None], scale)
     score = flow_scores(attention[None], likeness, as_float32(v).mean(dim=0)[None], normalise)
     return top_indices(score[0], target)
+
+
+class FlowProgram(TowerProgram):
+    """Progressive pruning of pictures that are encoded together (A).
+
+    Parameters
+    ----------
+    target : int
+        T, patches to keep per picture.
+    last : int
+        Index of the last pruning layer.
+    """
+
+    def __init__(self, target: int, last: int) -> None:
+        self.flow = EncoderFlow(target, last)
+
+    def drop(self, block: Block) -> Tensor | None:
+        """One row of attention and the values of the block; nothing once the target is reached."""
+        if block.layer > self.flow.last or block.patches <= self.flow.target:
+            return None
+        values = as_float32(block.v)
+        likeness = semantic_attention(values)
+        return self.flow.step(block.layer, block.class_attention(), likeness, values[:, :, 1:].mean(dim=1))
+
+
+@register
+@dataclass
+class FlowCut(Method):
+    """FlowCut: patches dropped in every second block of the vision tower, and in the LLM for tiled images.
+
+    Parameters
+    ----------
+    coupled
+        Pictures of one image or video drop equally many patches in a block, as the released code does with a batch;
+        the most concentrated one decides. Otherwise every picture runs alone.
+    decoder_layer
+        Layer in front of which the LLM drops the rest for hosts that cut images into tiles; None leaves all of it
+        to the tower.
+    """
+
+    coupled: bool = True
+    decoder_layer: int | None = 2
+
+    name: ClassVar[str] = "flowcut"
+    title: ClassVar[str] = "FlowCut"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.19536"
+    venue: ClassVar[str] = "NeurIPS 2025"
+    code: ClassVar[str] = "https://github.com/TungChintao/FlowCut"
+    stages: ClassVar[tuple[Stage, ...]] = ("encoder", "tokens", "decoder")
+    exact_count: ClassVar[bool] = False
+    fidelity: ClassVar[Fidelity] = "exact"
+    fidelity_note: ClassVar[str] = (
+        "pictures of different images of a batch do not influence each other, as with the released code at batch 1; "
+        "the form for towers that pack all pictures into one sequence (Qwen2-VL) is not offered"
+    )
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """The class token in every block, and which patches are left."""
+        return (CLASS, GROUPS) if self.retention < 1.0 else (CLASS,)
+
+    def decoder_layers(self, facts: HostFacts) -> tuple[int, ...]:
+        """One cut for hosts with tiled images."""
+        return (self.decoder_layer,) if facts.tiled_images and self.decoder_layer is not None else ()
+
+    def decoder_signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Attention and values of the last prompt token and the visual tokens."""
+        return (ATTENTION, LIKENESS, LENGTH)
+
+    def check_host(self, facts: HostFacts) -> None:
+        """The tower must have a block in front of the projected one."""
+        super().check_host(facts)
+        if facts.feature_layer < 1:
+            raise MethodError(
+                "flowcut drops patches up to the block in front of the projected one, but this tower projects its "
+                "first block; use another method."
+            )
+
+    @property
+    def tower_together(self) -> Together:
+        """Pictures of one item, or each alone."""
+        return "item" if self.coupled else "picture"
+
+    def token_count(self, layout: Layout) -> int | None:
+        """``round(N * retention)`` of a single picture; unknown for tiled images, whose rims are cut off."""
+        if layout.kind == "image" and len(layout.views) > 1:
+            return None
+        return sum(keep_count(size, self.retention) for size in layout.patches_per_view.tolist())
+
+    def tower_program(self, sample: TowerSample) -> TowerProgram:
+        """T patches a picture: the share kept, or half of an image's tokens where the LLM drops the rest."""
+        target = keep_count(sample.patches, self.retention)
+        tiled = not sample.is_video and sample.tokens > sample.patches
+        if tiled and self.decoder_layers(sample.facts):
+            target = max(1, keep_count(sample.tokens, self.retention) // 2)
+        return FlowProgram(target, sample.layers - 2)
+
+    def plan_tokens(self, sample: TokenSample) -> Plan:
+        """What the tower left."""
+        keep = (sample.signal(GROUPS) >= 0).nonzero()[:, 0]
+        return Plan(keep, positions=self.position_policy, separators="occupied")
+
+    def plan_decoder(self, sample: DecoderSample) -> Plan:
+        """The best tokens by the values of the layer that has just run (B)."""
+        if sample.uncompressed is None:
+            raise MethodError("flowcut needs the number of patches of every item; call it through a model.")
+        target = sum(keep_count(int(patches), self.retention) for patches in sample.uncompressed)
+        terms = (sample.signal(ATTENTION), sample.signal(LIKENESS))
+        score = sum(term / term.sum() for term in terms) * sample.signal(LENGTH)
+        return Plan(top_indices(score, target), positions=self.position_policy)

@@ -5,24 +5,25 @@ of every block, tokens at even places propose the token at an odd place with the
 proposals are accepted and averaged by the number of patches each token stands for. Attention logits get the
 logarithm of that number, so that a merged token counts as often as its patches.
 
-Inside the encoder the method is here as functions. The registered method applies the same merging to the projected
-tokens in front of the LLM.
+`Tome` does this inside the vision tower of a model; `TomeMerge` applies the same merging to the projected tokens in
+front of the LLM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from tokensieve.core.layout import Layout
 from tokensieve.core.method import Fidelity, Kind, Method, Stage
-from tokensieve.core.plan import Plan
+from tokensieve.core.plan import Plan, keep_all
 from tokensieve.core.registry import register
 from tokensieve.core.sample import HostFacts, TokenSample
+from tokensieve.core.tower import Block, TowerProgram, TowerSample
 from tokensieve.errors import MethodError
 from tokensieve.ops.allocate import keep_count
 from tokensieve.ops.bipartite import (
@@ -31,12 +32,16 @@ from tokensieve.ops.bipartite import (
     chain_groups,
     identity_groups,
     merge_groups,
+    merge_weighted,
     unmerge_groups,
 )
 from tokensieve.ops.merge import MergedTokens, MergeMap
 from tokensieve.ops.similarity import as_float32
 
 KEYS = "encoder.mean_key@feature"
+BLOCKS = "tower.blocks"
+GROUPS = "encoder.groups"
+Output = Literal["auto", "tokens", "unmerge"]
 Attend = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Feed = Callable[[Tensor], Tensor]
 
@@ -96,34 +101,40 @@ def tokens_after(tokens: int, schedule: Sequence[int], protected: int = 0) -> li
     return counts
 
 
-def initial_state(batch: int, tokens: int, device: torch.device | None = None) -> MergeState:
-    """Every token stands for itself."""
-    return MergeState(torch.ones(batch, tokens, device=device), identity_groups(batch, tokens, device))
-
-
-def merge_weighted(values: Tensor, size: Tensor, groups: TokenGroups) -> tuple[Tensor, Tensor]:
-    """Mean of every group weighted by sizes, and the new sizes (step 8).
+def spread_schedule(tokens: int, target: int, layers: int) -> list[int]:
+    """Tokens to remove in every block so that ``target`` are left, as evenly as halving allows.
 
     Parameters
     ----------
-    values : Tensor
-        ``[B, T, C]``.
-    size : Tensor
-        ``[B, T]``, positive.
-    groups : TokenGroups
-        Partition of the T tokens.
+    tokens, target : int
+        Patches in front of the first block and behind the last one.
+    layers : int
+        Blocks.
 
-    Returns
-    -------
-    merged : Tensor
-        ``[B, M, C]`` in the dtype of ``values``.
-    size : Tensor
-        ``[B, M]``.
+    Raises
+    ------
+    MethodError
+        If so few cannot be reached, since a block removes at most half.
     """
-    weights = as_float32(size).unsqueeze(2)
-    total = merge_groups(weights, groups, "sum")
-    merged = merge_groups(as_float32(values) * weights, groups, "sum") / total
-    return merged.to(values.dtype), total.squeeze(2)
+    fewest, schedule = [target], []
+    for _ in range(layers):
+        fewest.append(2 * fewest[-1])
+    if tokens > fewest[layers]:
+        raise MethodError(
+            f"ToMe cannot merge {tokens} patches to {target} in {layers} blocks, each of which removes at most half; "
+            "raise the retention."
+        )
+    for layer in range(layers):
+        left = layers - layer
+        even = -(-(tokens - target) // left)
+        schedule.append(min(max(even, tokens - fewest[left - 1]), tokens // 2))
+        tokens -= schedule[-1]
+    return schedule
+
+
+def initial_state(batch: int, tokens: int, device: torch.device | None = None) -> MergeState:
+    """Every token stands for itself."""
+    return MergeState(torch.ones(batch, tokens, device=device), identity_groups(batch, tokens, device))
 
 
 def source_map(groups: TokenGroups) -> Tensor:
@@ -250,6 +261,137 @@ def frames_as_merged(features: Tensor, state: MergeState) -> MergedTokens:
     merge_map = MergeMap(torch.arange(frames * patches, device=features.device), target, weight)
     rows = features.gather(1, order.unsqueeze(2).expand_as(features)).flatten(0, 1)
     return MergedTokens(rows, source, merge_map)
+
+
+class MergeProgram(TowerProgram):
+    """Merging in every block by a schedule.
+
+    Parameters
+    ----------
+    schedule : sequence of int
+        Tokens to remove in every block.
+    class_token : bool
+        Whether a class token stands in front.
+    proportional : bool
+        Proportional attention.
+    """
+
+    def __init__(self, schedule: Sequence[int], class_token: bool, proportional: bool = True) -> None:
+        self.schedule, self.class_token, self.proportional = schedule, class_token, proportional
+
+    def merge(self, block: Block) -> TokenGroups | None:
+        """Match by the keys, mean over heads (steps 10 and 11)."""
+        r = self.schedule[block.layer]
+        if r <= 0:
+            return None
+        return alternate_match(as_float32(block.k).mean(dim=1), r, class_token=self.class_token)
+
+
+def tokens_of_groups(group: Tensor) -> tuple[Tensor, MergeMap]:
+    """Tokens that stand for the groups of an item's patches, in the order of the mean places of their patches.
+
+    Parameters
+    ----------
+    group : Tensor
+        ``[n]`` int64 any number that tells the groups apart.
+
+    Returns
+    -------
+    source : Tensor
+        ``[M]`` int64 the patch of every group nearest to its mean place, the first of two.
+    merge_map : MergeMap
+        All patches, in equal parts.
+    """
+    member = group.unique(return_inverse=True)[1]
+    size = torch.bincount(member)
+    place = torch.arange(group.numel(), device=group.device, dtype=torch.float64)
+    mean = torch.zeros(size.numel(), dtype=torch.float64, device=group.device).index_add(0, member, place) / size
+    order = mean.sort(stable=True).indices
+    rank = order.argsort()
+    target = rank[member]
+    distance = (place - mean[member]).abs()
+    by_distance = distance.sort(stable=True).indices
+    by_group = by_distance[target[by_distance].sort(stable=True).indices]
+    size = size[order]
+    first = size.cumsum(0) - size
+    return by_group[first], MergeMap(place.long(), target, (1.0 / size.float())[target])
+
+
+@register
+@dataclass
+class Tome(Method):
+    """ToMe inside the vision tower: every block up to the projected one merges some tokens of every picture.
+
+    Parameters
+    ----------
+    r
+        Tokens that a block removes, instead of the even spread that leaves ``retention``; retention then only says
+        whether to act at all. Published: 8 (ViT-L at 224 pixels), 23 (at 384), 16 (ViT-B).
+    inflect
+        With ``r``: 0 constant, -1 falling from 2r to 0, 1 rising.
+    proportional
+        Merged tokens count in attention as often as their patches. Off for towers trained as masked autoencoders.
+    output
+        ``"tokens"`` sends the merged tokens to the LLM, which needs a host without pooling; ``"unmerge"`` copies
+        them back to all places, which saves time in the tower only and leaves the tokens stage to another method;
+        ``"auto"`` does the first where it can be done, otherwise the second.
+    """
+
+    r: int | None = None
+    inflect: float = 0.0
+    proportional: bool = True
+    output: Output = "auto"
+
+    name: ClassVar[str] = "tome"
+    title: ClassVar[str] = "ToMe"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2210.09461"
+    venue: ClassVar[str] = "ICLR 2023"
+    code: ClassVar[str] = "https://github.com/facebookresearch/ToMe"
+    stages: ClassVar[tuple[Stage, ...]] = ("encoder", "tokens")
+    kind: ClassVar[Kind] = "merge"
+    causal: ClassVar[bool] = True
+    exact_count: ClassVar[bool] = False
+    fidelity: ClassVar[Fidelity] = "mostly"
+    fidelity_note: ClassVar[str] = (
+        "merging inside the blocks is exact; the paper knows classifiers only, so that what happens behind the tower "
+        "(tokens in the order of their mean places, or copied back where the host pools) is ours"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output not in get_args(Output):
+            raise MethodError(f"output is {self.output!r}, but tome knows {', '.join(get_args(Output))}.")
+        if self.r is not None and self.r < 1:
+            raise MethodError(f"r is {self.r}, but a block must remove at least 1 token; leave r out for the spread.")
+        if not -1 <= self.inflect <= 1:
+            raise MethodError(f"inflect is {self.inflect}; use a number from -1 (falling) to 1 (rising).")
+        if self.output == "unmerge":
+            vars(self)["stages"] = ("encoder",)
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Keys of every block; where the merged tokens enter the LLM also which patches they stand for."""
+        enter = self.output == "tokens" or (self.output == "auto" and facts.patch_tokens)
+        return (BLOCKS, GROUPS) if enter and self.retention < 1.0 else (BLOCKS,)
+
+    def token_count(self, layout: Layout) -> int | None:
+        """Not known from geometry: it depends on the host whether the LLM reads merged tokens."""
+        return None
+
+    def tower_program(self, sample: TowerSample) -> TowerProgram:
+        """The schedule for these pictures."""
+        if self.r is not None:
+            schedule = merge_schedule(sample.layers, self.r, self.inflect)
+        else:
+            target = keep_count(sample.patches, self.retention)
+            schedule = spread_schedule(sample.patches, target, sample.layers)
+        return MergeProgram(schedule, sample.class_token, self.proportional)
+
+    def plan_tokens(self, sample: TokenSample) -> Plan:
+        """One token for every group; all places where the host pooled the restored grid."""
+        if GROUPS not in sample.signals:
+            return keep_all(sample.layout.patches, self.position_policy)
+        source, merge_map = tokens_of_groups(sample.signal(GROUPS).round().long())
+        return Plan(source, None, merge_map, self.position_policy, "occupied")
 
 
 @register

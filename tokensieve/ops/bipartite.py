@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokensieve.errors import MethodError
 from tokensieve.ops.merge import MergeMap, apply_merge, mean_merge
-from tokensieve.ops.similarity import unit_vectors
+from tokensieve.ops.similarity import as_float32, unit_vectors
 
 Mode = Literal["mean", "sum", "amax"]
 
@@ -224,6 +224,31 @@ def merge_groups(values: Tensor, groups: TokenGroups, mode: Mode = "mean") -> Te
     source = torch.arange(target.numel(), device=values.device)
     merge_map = MergeMap(source, target, torch.ones_like(target, dtype=torch.float32))
     return apply_merge(flat, merge_map, batch * outputs).unflatten(0, (batch, outputs))
+
+
+def merge_weighted(values: Tensor, size: Tensor, groups: TokenGroups) -> tuple[Tensor, Tensor]:
+    """Mean of every group weighted by sizes, and the new sizes (ToMe, step 8).
+
+    Parameters
+    ----------
+    values : Tensor
+        ``[B, T, C]``.
+    size : Tensor
+        ``[B, T]``, positive.
+    groups : TokenGroups
+        Partition of the T tokens.
+
+    Returns
+    -------
+    merged : Tensor
+        ``[B, M, C]`` in the dtype of ``values``.
+    size : Tensor
+        ``[B, M]``.
+    """
+    weights = as_float32(size).unsqueeze(2)
+    total = merge_groups(weights, groups, "sum")
+    merged = merge_groups(as_float32(values) * weights, groups, "sum") / total
+    return merged.to(values.dtype), total.squeeze(2)
 
 
 def unmerge_groups(values: Tensor, groups: TokenGroups) -> Tensor:
