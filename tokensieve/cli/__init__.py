@@ -1,4 +1,4 @@
-"""The command line: ``tokensieve ask | view | list | check | profile``."""
+"""The command line: ``tokensieve ask | view | list | check | profile | serve``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tokensieve.cli.check import check
 from tokensieve.cli.demo import demo
 from tokensieve.cli.listing import list_app
 from tokensieve.cli.profiling import profile
+from tokensieve.cli.serve import serve
 from tokensieve.cli.view import view
 
 __all__ = ["app", "main"]
@@ -53,6 +54,7 @@ app.add_typer(list_app, name="list")
 app.command("check")(check)
 app.command("profile")(profile)
 app.command("demo")(demo)
+app.command("serve")(serve)
 
 
 def main() -> None:
