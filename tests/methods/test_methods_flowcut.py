@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+import tokensieve
+from tokensieve.core.layout import Layout
+from tokensieve.core.sample import DecoderSample, HostFacts
+from tokensieve.core.tower import Block, TowerSample
 from tokensieve.errors import MethodError
+from tokensieve.hosts import tiny
 from tokensieve.methods import flowcut
+from tokensieve.methods.flowcut import ATTENTION, LENGTH, LIKENESS, FlowCut
 
 
 def _rows(batch: int = 2, patches: int = 40, seed: int = 0) -> torch.Tensor:
@@ -141,3 +148,93 @@ def test_the_decoder_prune_with_grouped_heads() -> None:
 def test_bad_shapes() -> None:
     with pytest.raises(MethodError, match=r"\(2, 40\)"):
         flowcut.flow_scores(_rows(), None, torch.ones(2, 39, 4))
+
+
+def _facts(**options: Any) -> HostFacts:
+    return HostFacts("any", 32, 24, 22, True, patch_tokens=True, **options)
+
+
+def _program(method: FlowCut, facts: HostFacts, pictures: int, tokens: int) -> flowcut.FlowProgram:
+    program = method.tower_program(TowerSample(pictures, 576, tokens, False, 23, True, facts))
+    assert isinstance(program, flowcut.FlowProgram)
+    return program
+
+
+def test_targets_follow_the_kind_of_image() -> None:
+    """One picture keeps the share; tiles keep half of the image's tokens each where the LLM drops the rest."""
+    single = _program(FlowCut(1 / 3), _facts(), 1, 576).flow
+    assert (single.target, single.last) == (192, 21)
+    assert _program(FlowCut(640 / 2880), _facts(tiled_images=True), 5, 2880).flow.target == 320
+    assert _program(FlowCut(0.25, decoder_layer=None), _facts(tiled_images=True), 5, 2880).flow.target == 144
+    assert FlowCut().decoder_layers(_facts()) == ()
+    assert FlowCut().decoder_layers(_facts(tiled_images=True)) == (2,)
+    assert FlowCut(0.25).token_count(Layout.regular("image", 1, 24, 24)) == 144
+    assert FlowCut(0.25).token_count(Layout.from_cells("image", ((2, 2), (2, 2)), torch.zeros(1, 3))) is None
+
+
+def test_program_drops_only_where_the_schedule_says() -> None:
+    program = flowcut.FlowProgram(4, 3)
+    q, k, v = (torch.randn(2, 3, 11, 5, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    assert program.drop(Block(0, q, k, v, True)) is None
+    keep = program.drop(Block(3, q, k, v, True))
+    assert keep is not None and keep.shape == (2, 4)
+    expected = flowcut.EncoderFlow(4, 3)
+    row = (q[:, :, :1] @ k.transpose(2, 3) * 5**-0.5).softmax(-1).mean(1)[:, 0, 1:]
+    for layer in (0, 3):
+        chosen = expected.step(layer, row, flowcut.semantic_attention(v), v.mean(1)[:, 1:])
+    assert torch.equal(keep, chosen)
+    assert program.drop(Block(4, q, k, v, True)) is None
+
+
+def test_towers_without_a_block_in_front_are_refused() -> None:
+    with pytest.raises(MethodError, match="projects its first block"):
+        FlowCut().check_host(HostFacts("any", 32, 1, 0, True))
+
+
+def test_decoder_signals_equal_full_attention() -> None:
+    """Attention, likeness and length from the layer's own projections and its eager attention map."""
+    model, processor = tiny.load("llava_next")
+    model = model.eval()
+    inputs = tiny.example_inputs("llava_next", processor, batch=1)
+    model.set_attn_implementation("eager")
+    samples: list[DecoderSample] = []
+
+    class Spy(FlowCut):
+        def plan_decoder(self, sample: DecoderSample) -> Any:
+            samples.append(sample)
+            return super().plan_decoder(sample)
+
+    seen: list[torch.Tensor] = []
+    attention = model.base_model.language_model.layers[1].self_attn
+    hooks = [
+        attention.register_forward_hook(lambda module, args, output: seen.append(output[1])),
+        attention.v_proj.register_forward_hook(lambda module, args, output: seen.append(output)),
+    ]
+    with torch.no_grad(), tokensieve.compress(model, Spy(0.2)) as run:
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    values, weights = (next(x for x in seen if x.ndim == ndim) for ndim in (3, 4))
+    visual = run.history[0].items[0].keep.numel() + run.history[0].items[0].separators
+    start = int((inputs["input_ids"][0] == model.config.image_token_id).long().argmax())
+    layout, keep = run.history[0].items[0].layout, run.history[0].items[0].keep
+    patch = torch.zeros(visual, dtype=torch.bool)
+    rows = layout.row[layout.patch_tokens[keep]] + 100 * layout.view[layout.patch_tokens[keep]]
+    # A newline stands behind every row of the mosaic that still holds a patch.
+    place = torch.arange(keep.numel()) + torch.unique_consecutive(rows, return_inverse=True)[1]
+    base = int((layout.view[layout.patch_tokens[keep]] == 0).sum())
+    place[:base] = torch.arange(base)
+    place[base:] = place[base:] - place[base] + base
+    patch[place] = True
+    columns = start + patch.nonzero()[:, 0]
+    alone = weights[0, :, -1][:, columns]
+    torch.testing.assert_close(samples[0].signal(ATTENTION), (alone / alone.sum(1, keepdim=True)).mean(0))
+    heads = values[0].unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
+    products = (heads[:, columns] @ heads[:, -1].unsqueeze(2)).squeeze(2) * attention.head_dim**-0.5
+    torch.testing.assert_close(samples[0].signal(LIKENESS), products.softmax(1).mean(0))
+    torch.testing.assert_close(samples[0].signal(LENGTH), heads[:, columns].mean(0).abs().sum(1))
+    expected = flowcut.flow_scores(
+        samples[0].signal(ATTENTION)[None], samples[0].signal(LIKENESS)[None], heads[:, columns].mean(0)[None]
+    )[0]
+    wanted = round(layout.patches * 0.2)
+    assert set(run.history[0].items[0].decoder[2].tolist()) == set(keep[expected.topk(wanted).indices].tolist())

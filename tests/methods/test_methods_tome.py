@@ -9,7 +9,7 @@ from tokensieve.core.layout import Layout
 from tokensieve.core.sample import TokenSample
 from tokensieve.errors import MethodError
 from tokensieve.methods import tome
-from tokensieve.methods.tome import KEYS, TomeMerge
+from tokensieve.methods.tome import GROUPS, KEYS, Tome, TomeMerge
 from tokensieve.ops.bipartite import TokenGroups
 from tokensieve.ops.merge import apply_merge
 
@@ -135,3 +135,48 @@ def test_bad_target() -> None:
     for target in (0, 21):
         with pytest.raises(MethodError, match=f"cannot merge to {target} tokens"):
             tome.merge_tokens(_tokens(1, 20), _tokens(1, 20), target)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "target", "layers"), [(576, 144, 23), (64, 19, 3), (64, 8, 3), (10, 10, 4), (9, 5, 1)]
+)
+def test_spread_reaches_the_target(tokens: int, target: int, layers: int) -> None:
+    schedule = tome.spread_schedule(tokens, target, layers)
+    assert len(schedule) == layers
+    assert tome.tokens_after(tokens, schedule)[-1] == target
+    if tokens == 576:
+        assert max(schedule) - min(schedule) <= 1
+
+
+def test_spread_says_what_halving_cannot_do() -> None:
+    with pytest.raises(MethodError, match="64 patches to 7 in 3 blocks"):
+        tome.spread_schedule(64, 7, 3)
+
+
+def test_groups_become_tokens_in_the_order_of_their_mean_places() -> None:
+    group = torch.tensor([7, 3, 3, 7, 12, 3, 12])
+    source, merge_map = tome.tokens_of_groups(group)
+    # Means: 7 at 1.5, 3 at 8 / 3, 12 at 5; the nearest member stands for each, the first of two.
+    assert source.tolist() == [0, 2, 4]
+    assert merge_map.source.tolist() == list(range(7))
+    assert merge_map.target.tolist() == [0, 1, 1, 0, 2, 1, 2]
+    torch.testing.assert_close(merge_map.weight, torch.tensor([1 / 2, 1 / 3, 1 / 3, 1 / 2, 1 / 2, 1 / 3, 1 / 2]))
+
+
+def test_tower_method_plans_groups_or_everything() -> None:
+    layout, features = Layout.regular("image", 1, 2, 3), torch.zeros(6, 4)
+    whole = Tome(0.5).plan_tokens(TokenSample(features, layout))
+    assert whole.keep.tolist() == list(range(6)) and whole.merged is None
+    groups = torch.tensor([0.0, 0.0, 1.0, 2.0, 2.0, 1.0])
+    plan = Tome(0.5).plan_tokens(TokenSample(features, layout, {GROUPS: groups}))
+    assert plan.keep.tolist() == [0, 2, 3] and plan.features is None
+    assert Tome(output="unmerge").stages == ("encoder",) != Tome().stages
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"output": "grid"}, "knows auto, tokens, unmerge"), ({"r": 0}, "at least 1"), ({"inflect": 2}, "from -1")],
+)
+def test_tower_options_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        Tome(0.5, **options)  # type: ignore[arg-type]
