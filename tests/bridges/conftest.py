@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
@@ -107,7 +108,7 @@ def post(serving: Callable[..., Any]) -> Callable[..., Any]:
 
     def send(body: Any, **options: Any) -> Any:
         async def work(client: Any) -> Any:
-            return await client.post("/v1/chat/completions", json=body)
+            return await client.post("/v1/chat/completions", content=json.dumps(body))
 
         return serving(work, **options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -160,4 +161,6 @@ def _run(uvicorn: Any, app: Any, host: str, port: int, name: str) -> None:
         listener.listen(2048)
         shown = f"[{host}]" if ":" in host else host
         note(f"serving {name} at http://{shown}:{listener.getsockname()[1]}/v1 (Ctrl-C ends).")
-        uvicorn.Server(config).run(sockets=[listener])
+        # The web server finishes what it has begun and then raises the interrupt anew: a clean end.
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])

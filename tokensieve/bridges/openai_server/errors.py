@@ -8,6 +8,7 @@ from tokensieve.errors import TokensieveError
 
 __all__ = ["ApiError", "ClientGone"]
 
+_LONGEST = 1000
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -29,7 +30,9 @@ class ApiError(TokensieveError):
     def __init__(
         self, message: str, parameter: str | None = None, status: int = 400, headers: dict[str, str] | None = None
     ) -> None:
-        super().__init__(message)
+        # What requests contain is quoted in messages: not at any length, and only what can be sent.
+        message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."
+        super().__init__(message.encode("utf-8", "replace").decode("utf-8"))
         self.parameter, self.status, self.headers = parameter, status, headers or {}
 
     def body(self) -> dict[str, Any]:
