@@ -19,7 +19,9 @@ from tokensieve.hosts.registry import host_for_type
 
 __all__ = [
     "DTYPES",
+    "brief_error",
     "check_weight_files",
+    "library_errors",
     "load_model",
     "meta_model",
     "model_type_of",
@@ -121,9 +123,9 @@ def read_config(name: str | Path, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoConfig.from_pretrained(_location(name), trust_remote_code=trust_remote_code)
-    except _library_errors() as error:
+    except library_errors() as error:
         raise HostError(
-            f"The config.json of {name} cannot be used ({_brief(error)}); take that of the published checkpoint."
+            f"The config.json of {name} cannot be used ({brief_error(error)}); take that of the published checkpoint."
         ) from error
 
 
@@ -167,7 +169,8 @@ def meta_model(config: Any) -> Any:
             return AutoModelForImageTextToText.from_config(config).eval()
     except (ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
         raise HostError(
-            f"No model can be built from this config.json ({_brief(error)}); take that of the published checkpoint."
+            f"No model can be built from this config.json ({brief_error(error)}); "
+            "take that of the published checkpoint."
         ) from error
 
 
@@ -193,7 +196,7 @@ def random_weight_model(real_layout: bool = False) -> Path:
         return tiny.cached("llava_onevision", **overrides)
     except OSError as error:
         raise HostError(
-            f"The demonstration model cannot be written to the cache folder ({_brief(error)}); set XDG_CACHE_HOME "
+            f"The demonstration model cannot be written to the cache folder ({brief_error(error)}); set XDG_CACHE_HOME "
             "to a folder you can write to, or name a model."
         ) from error
 
@@ -206,7 +209,7 @@ def _device_of(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise HostError(f"The device {device!r} cannot be used here ({_brief(error)}); try 'cpu'.") from error
+        raise HostError(f"The device {device!r} cannot be used here ({brief_error(error)}); try 'cpu'.") from error
     if target.type == "meta":
         raise HostError("The device 'meta' holds no values; use 'cpu' or 'cuda'.")
     return target
@@ -252,7 +255,7 @@ def _fetch_config(name: str) -> Path:
             f"There is no folder {name}, and the hub cannot be reached; check the path or the connection."
         ) from error
     except (OSError, ValueError) as error:
-        raise HostError(f"The hub model {name} cannot be fetched ({_brief(error)}).") from error
+        raise HostError(f"The hub model {name} cannot be fetched ({brief_error(error)}).") from error
 
 
 def _read_json(path: Path, what: str) -> Any:
@@ -262,7 +265,7 @@ def _read_json(path: Path, what: str) -> Any:
             raise HostError(f"{what} is larger than 64 MiB, which no such file is; copy the checkpoint again.")
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise HostError(f"{what} cannot be read ({_brief(error)}); copy the checkpoint again.") from error
+        raise HostError(f"{what} cannot be read ({brief_error(error)}); copy the checkpoint again.") from error
 
 
 def check_weight_files(folder: Path) -> None:
@@ -301,9 +304,9 @@ def _load_processor(name: str | Path, trust_remote_code: bool) -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(_location(name), trust_remote_code=trust_remote_code)
-    except _library_errors() as error:
+    except library_errors() as error:
         raise HostError(
-            f"The processor of {name} cannot be loaded ({_brief(error)}); the folder needs the processor and "
+            f"The processor of {name} cannot be loaded ({brief_error(error)}); the folder needs the processor and "
             "tokenizer files of the published checkpoint."
         ) from error
     if not isinstance(processor, ProcessorMixin):
@@ -337,13 +340,13 @@ def _load_weights(
         model = model.to(device)
     except torch.OutOfMemoryError as error:
         raise HostError(f"{name} does not fit into the memory of {device}; use --dtype bfloat16.") from error
-    except _library_errors() as error:
+    except library_errors() as error:
         if attn is not None and (isinstance(error, ImportError) or "attn_implementation" in str(error)):
             raise HostError(
-                f"The attention kernel {attn!r} cannot be used here ({_brief(error)}); use sdpa or eager."
+                f"The attention kernel {attn!r} cannot be used here ({brief_error(error)}); use sdpa or eager."
             ) from error
         raise HostError(
-            f"The weights of {name} cannot be loaded ({_brief(error)}); copy or download the checkpoint again."
+            f"The weights of {name} cannot be loaded ({brief_error(error)}); copy or download the checkpoint again."
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -362,7 +365,7 @@ def _register_own_classes(kind: str) -> None:
         llava_video.register()
 
 
-def _library_errors() -> tuple[type[Exception], ...]:
+def library_errors() -> tuple[type[Exception], ...]:
     """What transformers raises about a checkpoint that it cannot use."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -380,7 +383,7 @@ def _library_errors() -> tuple[type[Exception], ...]:
     )
 
 
-def _brief(error: BaseException) -> str:
+def brief_error(error: BaseException) -> str:
     """The first sentence of an error, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     sentence = re.split(r"(?<=[a-z)'\"])\. ", text)[0].rstrip(".")

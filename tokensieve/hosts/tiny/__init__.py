@@ -13,6 +13,7 @@ few frames takes some 20 milliseconds on one processor core.
 
 from tokensieve.hosts.tiny.examples import example_inputs, example_messages, synthetic_clip, synthetic_image
 from tokensieve.hosts.tiny.families import FAMILIES, TinyFamily, family_of
+from tokensieve.hosts.tiny.pairs import pair_of
 from tokensieve.hosts.tiny.store import build, build_in_memory, cached, load
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "example_messages",
     "family_of",
     "load",
+    "pair_of",
     "synthetic_clip",
     "synthetic_image",
 ]
