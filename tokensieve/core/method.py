@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokensieve.core.cuts import Cut
 from tokensieve.core.layout import Layout
 from tokensieve.core.plan import Plan, Positions, join_views
-from tokensieve.core.sample import DecoderSample, FrameSample, HostFacts, PromptSample, TokenSample
+from tokensieve.core.sample import DecoderSample, FrameSample, HostFacts, PromptSample, StepSample, TokenSample
 from tokensieve.core.tower import Together, TowerProgram, TowerSample
 from tokensieve.errors import MethodError, RetentionError
 from tokensieve.ops.allocate import keep_count
@@ -38,6 +39,15 @@ class Method:
         method's own rule.
     positions
         Overrides the position policy that the published code uses (``"original"`` or ``"renumber"``).
+
+    Attributes
+    ----------
+    lowest_layer
+        First decoder layer in front of which the method can cut; 0 for methods that need nothing of a layer before.
+    may_be_empty
+        Whether a plan inside the LLM may drop every visual token.
+    cuts_separators
+        Whether plans inside the LLM also decide on row separators, as grid cells of their own.
     """
 
     retention: float = 0.25
@@ -57,6 +67,9 @@ class Method:
     fidelity_note: ClassVar[str] = ""
     uniform_views: ClassVar[bool] = False
     accepts_budget: ClassVar[bool] = False
+    lowest_layer: ClassVar[int] = 1
+    may_be_empty: ClassVar[bool] = False
+    cuts_separators: ClassVar[bool] = False
     published_positions: ClassVar[Positions] = "renumber"
 
     def __post_init__(self) -> None:
@@ -83,23 +96,49 @@ class Method:
         """Decoder signals that `plan_decoder` reads."""
         return ("decoder.last_query_attention",)
 
+    def decoder_cuts(self, facts: HostFacts) -> tuple[Cut, ...]:
+        """Places at which `plan_decoder` is called: in front of the `decoder_layers`."""
+        return tuple(Cut(layer) for layer in self.decoder_layers(facts))
+
+    def acts(self, cut: Cut, memory: dict[str, Any]) -> bool:
+        """Whether the method has something to do at a cut, by what it remembers of the row.
+
+        Where it has not, no signal is computed and nothing moves.
+        """
+        return True
+
+    def decoding_layer(self, facts: HostFacts) -> int | None:
+        """Decoder layer from which on decoding steps see only what `plan_step` shows them; None for everything."""
+        return None
+
+    def plan_step(self, sample: StepSample) -> Tensor | None:
+        """Visible visual entries [n] bool of one decoding step; None for all of them."""
+        return None
+
     def read_prompt(self, sample: PromptSample) -> dict[str, Any]:
         """What `plan_decoder` wants to remember of a prompt; called in front of the first layer."""
         return {}
 
     def check_host(self, facts: HostFacts) -> None:
         """Raise MethodError when the options do not fit the host (for example a layer it does not have)."""
-        for layer in self.decoder_layers(facts):
-            if not 1 <= layer < facts.decoder_layers:
+        lowest = max(self.lowest_layer, facts.deepstack_layers)
+        for cut in self.decoder_cuts(facts):
+            if not self.lowest_layer <= cut.layer < facts.decoder_layers:
                 raise MethodError(
-                    f"{self.name} is to cut in front of layer {layer}, but this model has layers "
-                    f"0..{facts.decoder_layers - 1}; choose a layer between 1 and {facts.decoder_layers - 1}."
+                    f"{self.name} is to cut {cut}, but this model has layers 0..{facts.decoder_layers - 1}; choose a "
+                    f"layer between {lowest} and {facts.decoder_layers - 1}."
                 )
-            if layer < facts.deepstack_layers:
+            if cut.layer < facts.deepstack_layers:
                 raise MethodError(
-                    f"{self.name} cannot cut in front of layer {layer}: the first {facts.deepstack_layers} layers "
-                    f"of this model receive extra visual features; choose layer {facts.deepstack_layers} or later."
+                    f"{self.name} cannot cut {cut}: the first {facts.deepstack_layers} layers of this model receive "
+                    f"extra visual features; choose layer {facts.deepstack_layers} or later."
                 )
+        start = self.decoding_layer(facts)
+        if start is not None and not 1 <= start < facts.decoder_layers:
+            raise MethodError(
+                f"{self.name} is to select cache entries from layer {start} on, but this model has layers "
+                f"0..{facts.decoder_layers - 1}; choose a layer between 1 and {facts.decoder_layers - 1}."
+            )
 
     def plan_frames(self, sample: FrameSample) -> Tensor:
         """Frames to encode, ascending int64 [M]; all by default."""
@@ -119,7 +158,7 @@ class Method:
         raise MethodError(f"{self.name} does not act on tokens in front of the LLM.")
 
     def plan_decoder(self, sample: DecoderSample) -> Plan:
-        """Tokens that go on into the decoder layer ``sample.layer``."""
+        """Tokens that go on behind the cut ``sample.cut`` (in front of the decoder layer ``sample.layer``)."""
         raise MethodError(f"{self.name} does not act inside the LLM.")
 
     def token_count(self, layout: Layout) -> int | None:

@@ -13,10 +13,12 @@ from tokensieve.core.layout import Layout
 from tokensieve.errors import MethodError
 from tokensieve.ops.merge import MergeMap
 
-__all__ = ["MergeMap", "Plan", "Positions", "SeparatorRule", "join_views", "keep_all", "reading_order"]
+__all__ = ["Fate", "MergeMap", "Plan", "Positions", "SeparatorRule", "join_views", "keep_all", "reading_order"]
 
 Positions = Literal["original", "renumber"]
 SeparatorRule = Literal["in-place", "after-frame", "occupied"]
+Fate = Literal["gone", "evicted", "aside", "hidden"]
+"""What becomes of the tokens that a plan inside the LLM leaves out, see `Plan`."""
 
 
 @dataclass
@@ -43,6 +45,10 @@ class Plan:
         Views that take part at all; separators of the others go. None means all.
     info
         Named quantities worth looking at (frame uniqueness, budgets, scores); shown by reports and pictures.
+    fate
+        Inside the LLM only. Tokens left out are ``"gone"`` from this cut on; ``"evicted"`` also leaves the caches of
+        the layers that have run; ``"aside"`` keeps their states for a later cut that restores them; ``"hidden"`` tokens
+        stay in the sequence but no later layer attends to them.
     """
 
     keep: Tensor
@@ -52,10 +58,14 @@ class Plan:
     separators: SeparatorRule = "in-place"
     views: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    fate: Fate = "gone"
 
-    def checked(self, patches: int, method: str) -> Plan:
+    def checked(self, patches: int, method: str, may_be_empty: bool = False) -> Plan:
         """The plan with ``keep`` on the CPU, or a MethodError when it is empty, repeated or out of range."""
         keep = self.keep.detach().long().cpu()
+        if keep.numel() == 0 and may_be_empty:
+            self.keep = keep
+            return self
         if keep.numel() == 0:
             raise MethodError(f"{method} kept none of {patches} visual tokens; raise the retention.")
         ordered = keep.sort().values

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokensieve.core.cuts import Cut
 from tokensieve.core.layout import Layout
 from tokensieve.errors import MethodError
 
@@ -77,6 +78,9 @@ class TokenSample:
         Number of tokens each view may keep, when a frame-budget module allocates.
     index
         Which visual item of the prompt row this is.
+    text, text_before : Tensor [T, D], optional
+        Input embeddings of the text between this visual item and the next one (or the end of the prompt), and between
+        the item before (or the beginning) and this one.
     """
 
     features: Tensor
@@ -86,6 +90,8 @@ class TokenSample:
     budget: Tensor | None = None
     index: int = 0
     generator: torch.Generator | None = None
+    text: Tensor | None = None
+    text_before: Tensor | None = None
 
     @property
     def frames(self) -> int:
@@ -113,7 +119,7 @@ class TokenSample:
         total = self.layout.patches
         signals = {k: v[part] if v.shape[:1] == (total,) else v for k, v in self.signals.items()}
         budget = None if self.budget is None else self.budget[index : index + 1]
-        return TokenSample(self.features[part], layout, signals, self.facts, budget, self.index, self.generator)
+        return replace(self, features=self.features[part], layout=layout, signals=signals, budget=budget)
 
 
 @dataclass
@@ -134,14 +140,15 @@ class PromptSample:
 
 @dataclass
 class DecoderSample:
-    """The visual tokens of one prompt row in front of one decoder layer.
+    """The visual tokens of one prompt row at one cut inside the LLM.
 
     Attributes
     ----------
     hidden : Tensor [n, D]
-        States of the visual patch tokens still alive, in reading order.
+        States of the visual patch tokens still alive, in reading order (with row separators among them for methods
+        that cut these too).
     layer
-        Index of the decoder layer that will run on what is kept.
+        Index of the decoder layer at which the cut is, see `tokensieve.core.cuts`.
     entered
         Number of visual patch tokens of the row that entered the LLM.
     uncompressed : Tensor [items], optional
@@ -154,6 +161,19 @@ class DecoderSample:
         What the method remembered of this row: of its prompt, and at earlier cuts.
     budget : Tensor [frames], optional
         Number of tokens every frame of the row may keep, when a frame-budget module allocates.
+    cut : Cut, optional
+        The cut itself.
+    patch : Tensor [n], optional
+        Patch of its item that every token stands for; -1 for separators.
+    cell : Tensor [n], optional
+        Number of the grid cell of every token, the same for the same place in all frames of an item; separators
+        have cells behind their grid row.
+    text_item : Tensor [T'], optional
+        For every text token of the row the item that it stands behind, -1 in front of the first one.
+    infos
+        What the plan of every item said in front of the LLM.
+    tower
+        Requested tower signals of the tokens, by the text of the request.
     """
 
     hidden: Tensor
@@ -166,6 +186,12 @@ class DecoderSample:
     budget: Tensor | None = None
     facts: HostFacts | None = None
     uncompressed: Tensor | None = None
+    cut: Cut | None = None
+    patch: Tensor | None = None
+    cell: Tensor | None = None
+    text_item: Tensor | None = None
+    infos: Sequence[Mapping[str, Any]] = ()
+    tower: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def attention(self) -> Tensor:
@@ -177,3 +203,23 @@ class DecoderSample:
         if name not in self.signals:
             raise MethodError(f"The signal {name!r} was not requested or not provided.")
         return self.signals[name]
+
+
+@dataclass
+class StepSample:
+    """The visual entries in the cache while one token of one row is decoded.
+
+    Attributes
+    ----------
+    attention : Tensor [n]
+        Attention of that token to the visual entries in the decoder layer before those that may see less, mean over
+        heads, float32; not scaled to a sum of one.
+    memory
+        What the method remembered of earlier steps of the same answer.
+    facts : HostFacts
+        About the host.
+    """
+
+    attention: Tensor
+    memory: dict[str, Any]
+    facts: HostFacts
