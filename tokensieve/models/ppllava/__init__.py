@@ -12,7 +12,19 @@ For a clip ``features`` of the vision tower and its ``projected`` tokens::
     align = ClipAlignment.from_clip(extend_context(clip))
     found = align(features, input_ids, attention_mask, grid=(24, 24))
     tokens = prompt_guided_pool(projected, found.relevance, grid=(24, 24)).flatten(0, 2)
+
+and the whole model in the class layout of transformers (loaded on first use):
+
+- :class:`PPLlavaConfig`, :class:`PPLlavaForConditionalGeneration`, :class:`PPLlavaProcessor`; :func:`register` makes
+  the Auto classes know them,
+- :func:`assemble` and :func:`assemble_processor` build them from a contrastive pair and a language model or a LLaVA
+  model, :func:`load_official` reads the published checkpoints.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from tokensieve.models.ppllava.alignment import (
     Alignment,
@@ -39,6 +51,34 @@ from tokensieve.models.ppllava.pooling import (
     window_weights,
 )
 
+if TYPE_CHECKING:
+    from tokensieve.models.ppllava.assembly import assemble, assemble_processor
+    from tokensieve.models.ppllava.configuration import PPLlavaConfig
+    from tokensieve.models.ppllava.modeling import PPLlavaForConditionalGeneration, PPLlavaModel
+    from tokensieve.models.ppllava.official import LoadReport, load_official
+    from tokensieve.models.ppllava.processing import PPLlavaProcessor
+    from tokensieve.models.ppllava.registration import register
+
+_LATER = {
+    "LoadReport": "official",
+    "PPLlavaConfig": "configuration",
+    "PPLlavaForConditionalGeneration": "modeling",
+    "PPLlavaModel": "modeling",
+    "PPLlavaProcessor": "processing",
+    "assemble": "assembly",
+    "assemble_processor": "assembly",
+    "load_official": "official",
+    "register": "registration",
+}
+"""Names that need the model classes of transformers, and the module of each."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+
+
 __all__ = [
     "IMAGE_KERNEL",
     "VIDEO_KERNEL",
@@ -46,13 +86,22 @@ __all__ = [
     "BTAdapterVisionModel",
     "ClipAlignment",
     "ExtendedTextEmbeddings",
+    "LoadReport",
+    "PPLlavaConfig",
+    "PPLlavaForConditionalGeneration",
+    "PPLlavaModel",
+    "PPLlavaProcessor",
     "SiglipAlignment",
     "Window",
+    "assemble",
+    "assemble_processor",
     "cosine_map",
     "extend_context",
     "extend_positions",
+    "load_official",
     "merge_tables",
     "prompt_guided_pool",
+    "register",
     "relevance_map",
     "resize_relevance",
     "resolve_window",

@@ -131,6 +131,28 @@ class _Alignment(nn.Module, ABC):
     def embed_patches(self, features: Tensor) -> Tensor:
         """Patch features ``[..., Dv]`` in the joint space ``[..., D]``, not normalised."""
 
+    def compare(self, features: Tensor, text: Tensor, grid: tuple[int, int]) -> Alignment:
+        """Relevance of every patch for questions that are embedded already.
+
+        Parameters
+        ----------
+        features : Tensor
+            ``[T, N, Dv]`` or ``[B, T, N, Dv]``, as for the call of the module.
+        text : Tensor
+            ``[D]`` or ``[B, D]`` from :meth:`embed_text`.
+        grid : tuple of int
+            Rows and columns of a frame.
+
+        Returns
+        -------
+        Alignment
+            Cosines and relevance per clip.
+        """
+        cosine = cosine_map(self.embed_patches(features), text).unflatten(-1, grid)
+        # Frozen in the published training; loading a checkpoint would make it trainable again.
+        scale = self.logit_scale.detach().to(cosine.dtype).exp()
+        return Alignment(cosine, relevance_map(cosine, scale))
+
     def _align(
         self, features: Tensor, grid: tuple[int, int], input_ids: Tensor, attention_mask: Tensor | None
     ) -> Alignment:
@@ -147,8 +169,7 @@ class _Alignment(nn.Module, ABC):
                 "token ids per clip."
             )
         text = self.embed_text(input_ids, attention_mask)
-        cosine = cosine_map(self.embed_patches(features), text if batched else text[0]).unflatten(-1, grid)
-        return Alignment(cosine, relevance_map(cosine, self.logit_scale.to(cosine.dtype).exp()))
+        return self.compare(features, text if batched else text[0], grid)
 
 
 class ClipAlignment(_Alignment):
@@ -376,7 +397,11 @@ class SiglipAlignment(_Alignment):
         MethodError
             If the shapes contradict each other.
         """
-        found = self._align(features, grid, input_ids, None)
+        return self._align(features, grid, input_ids, None)
+
+    def compare(self, features: Tensor, text: Tensor, grid: tuple[int, int]) -> Alignment:
+        """As :class:`ClipAlignment`, and times the probe's attention if `value_attention` is set."""
+        found = super().compare(features, text, grid)
         if not self.value_attention:
             return found
         seen = self.probe_attention(features).mean(-2).unflatten(-1, grid)

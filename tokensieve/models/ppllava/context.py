@@ -100,23 +100,19 @@ class ExtendedTextEmbeddings(nn.Module):
         ``[L, D]``, frozen and trainable.
     """
 
-    position_ids: Tensor
-    kept: Tensor
-
     def __init__(self, token_embedding: nn.Embedding, table: Tensor, keep: int = KEEP) -> None:
         super().__init__()
-        length = table.shape[0]
+        self.keep = keep
         self.token_embedding = token_embedding
         self.position_embedding = nn.Parameter(table.detach().clone(), requires_grad=False)
         self.position_embedding_res = nn.Parameter(table.detach().clone())
-        positions = torch.arange(length, device=table.device)
-        self.register_buffer("position_ids", positions[None], persistent=False)
-        self.register_buffer("kept", (positions < keep)[:, None], persistent=False)
 
     @property
     def weight(self) -> Tensor:
         """``[L, D]``: the table in use, the first rows of the frozen copy and the others of the trainable one."""
-        return torch.where(self.kept, self.position_embedding, self.position_embedding_res)
+        # No mask is stored: a buffer outside of the state dict would be lost when transformers loads a checkpoint.
+        # Loading also forgets that a parameter is frozen, hence the explicit stop.
+        return torch.cat([self.position_embedding.detach()[: self.keep], self.position_embedding_res[self.keep :]])
 
     def forward(
         self,
@@ -138,8 +134,9 @@ class ExtendedTextEmbeddings(nn.Module):
         length, limit = inputs_embeds.shape[1], self.position_embedding.shape[0]
         if length > limit:
             raise MethodError(f"the prompt has {length} tokens, the text tower {limit} positions; truncate it.")
-        ids = self.position_ids[:, :length] if position_ids is None else position_ids
-        return inputs_embeds + nn.functional.embedding(ids, self.weight)
+        if position_ids is None:
+            return inputs_embeds + self.weight[:length]
+        return inputs_embeds + nn.functional.embedding(position_ids, self.weight)
 
 
 def text_body(model: nn.Module) -> Any:
