@@ -148,9 +148,9 @@ def test_spread_reaches_the_target(tokens: int, target: int, layers: int) -> Non
         assert max(schedule) - min(schedule) <= 1
 
 
-def test_spread_says_what_halving_cannot_do() -> None:
-    with pytest.raises(MethodError, match="64 patches to 7 in 3 blocks"):
-        tome.spread_schedule(64, 7, 3)
+def test_spread_halves_where_the_target_is_out_of_reach() -> None:
+    assert tome.spread_schedule(64, 7, 3) == [32, 16, 8]
+    assert tome.tokens_after(81, tome.spread_schedule(81, 1, 4)) == [41, 21, 11, 6]
 
 
 def test_groups_become_tokens_in_the_order_of_their_mean_places() -> None:

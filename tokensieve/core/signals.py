@@ -1,7 +1,8 @@
 """The named quantities that methods ask for and hosts provide.
 
 A request is a name, optionally with a layer: ``"encoder.received_attention@feature"``. Layers are counted from
-zero; ``feature`` is the tower layer whose output is projected, ``last`` the last layer the tower runs.
+zero; ``feature`` is the tower layer whose output is projected, ``last`` the last layer the tower runs. A number behind
+a colon is a parameter of the signal: ``"encoder.focused_attention@feature:34.76"``.
 """
 
 from __future__ import annotations
@@ -63,6 +64,19 @@ SIGNALS: dict[str, Signal] = {
             "encoder",
             "[n, d]",
             "Keys of a patch in one tower layer, mean over heads, pooled like the features.",
+        ),
+        Signal(
+            "encoder.focused_attention",
+            "encoder",
+            "[n]",
+            "Attention that a patch receives in one tower layer from the patches that receive more than a multiple "
+            "(the parameter) of the mean, mean over heads and these patches, pooled like the features.",
+        ),
+        Signal(
+            "encoder.pixel_entropy",
+            "encoder",
+            "[n]",
+            "Softmax over a picture of the entropy of the grey values of its patches, pooled like the features.",
         ),
         Signal(
             "encoder.groups",
@@ -170,18 +184,22 @@ SIGNALS: dict[str, Signal] = {
 
 @dataclass(frozen=True)
 class SignalRequest:
-    """A signal and, for tower signals, the layer: an index or ``"feature"`` / ``"last"``."""
+    """A signal; for tower signals its layer, an index or ``"feature"`` / ``"last"``; and its parameter, if any."""
 
     name: str
     layer: int | str | None = None
+    parameter: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> SignalRequest:
-        """From ``name`` or ``name@layer``."""
-        name, _, layer = text.partition("@")
-        if not layer:
+        """From ``name``, ``name@layer`` or ``name@layer:parameter``."""
+        name, _, rest = text.partition("@")
+        if not rest:
             return cls(name)
-        return cls(name, int(layer) if layer.lstrip("-").isdigit() else layer)
+        layer, _, number = rest.partition(":")
+        parameter = float(number) if number else None
+        return cls(name, int(layer) if layer.lstrip("-").isdigit() else layer, parameter)
 
     def __str__(self) -> str:
-        return self.name if self.layer is None else f"{self.name}@{self.layer}"
+        text = self.name if self.layer is None else f"{self.name}@{self.layer}"
+        return text if self.parameter is None else f"{text}:{self.parameter!r}"

@@ -87,7 +87,7 @@ class EncoderTap:
                 continue
             layer = self.host.resolve_layer(self.base, request)
             module = self.host.tower_module(self.base)
-            self._handles += tower.listen(module, request.name, layer, self._collect, str(request))
+            self._handles += tower.listen(module, request.name, layer, self._collect, str(request), request.parameter)
 
     def detach(self) -> None:
         """Remove everything that `attach` installed."""

@@ -101,6 +101,8 @@ class Host:
             return "absent"
         if name == "tower.class_token" and not self.tower(base).class_token:
             return "absent"
+        if name == "encoder.pixel_entropy" and self.tower(base).pixels is None:
+            return "absent"
         if name == "encoder.groups" and not (self.patch_tokens and self._open_tower(base)):
             return "absent"
         native = ("tokens.features", "decoder.hidden_states", "frames.count")
@@ -112,6 +114,8 @@ class Host:
             return self.absent[name]
         if name in ("encoder.class_attention", "tower.class_token"):
             return "its vision tower has no class token"
+        if name == "encoder.pixel_entropy":
+            return "its tower takes packed patches instead of pictures"
         if name == "encoder.groups":
             return "patches are pooled on their grid between the tower and the LLM"
         if name == "tower.blocks":

@@ -12,7 +12,7 @@ from tokensieve.core.encode import EncodeCall, EncodedItem
 from tokensieve.core.layout import ItemKind, Layout
 from tokensieve.hosts.base import Host
 from tokensieve.hosts.registry import register
-from tokensieve.hosts.towers import PictureTower
+from tokensieve.hosts.towers import IMAGENET_PIXELS, PictureTower
 
 
 @register
@@ -28,7 +28,14 @@ class InternVL(Host):
 
     def tower(self, base: Any) -> PictureTower:
         """A ViT with class token and optional query / key norms."""
-        return PictureTower("encoder.layer", "attention", class_token=True, norm="layernorm_after", scale="lambda_2")
+        return PictureTower(
+            "encoder.layer",
+            "attention",
+            class_token=True,
+            norm="layernorm_after",
+            scale="lambda_2",
+            pixels=IMAGENET_PIXELS,
+        )
 
     def side(self, base: Any) -> int:
         """Tokens along one side of a picture after the pixel shuffle."""

@@ -13,7 +13,7 @@ from tokensieve.core.encode import EncodeCall, EncodedItem
 from tokensieve.core.layout import Layout, Separators
 from tokensieve.hosts.base import Host, as_list, square_pool
 from tokensieve.hosts.registry import register
-from tokensieve.hosts.towers import PictureTower
+from tokensieve.hosts.towers import CLIP_PIXELS, SIGLIP_PIXELS, PictureTower
 
 
 class _LlavaHost(Host):
@@ -29,7 +29,7 @@ class _LlavaHost(Host):
     def tower(self, base: Any) -> PictureTower:
         """CLIP carries a class token, SigLIP does not."""
         clip = "clip" in base.config.vision_config.model_type
-        return PictureTower("encoder.layers", class_token=clip)
+        return PictureTower("encoder.layers", class_token=clip, pixels=CLIP_PIXELS if clip else SIGLIP_PIXELS)
 
     def video_grid(self, base: Any) -> tuple[int, int]:
         """Rows and columns of a pooled video frame."""

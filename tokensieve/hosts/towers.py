@@ -6,6 +6,7 @@ statistics at once; no attention matrix and no activation outlives the call.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,9 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.ops.attention import class_attention, received_attention
+from tokensieve.ops.entropy import patch_entropy, restored_levels
+from tokensieve.ops.focus import focused_attention
 from tokensieve.ops.given import given_attention
 
 Sink = Callable[[str, Tensor], None]
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+CLIP_PIXELS: Statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+SIGLIP_PIXELS: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET_PIXELS: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Means and standard deviations by which the published processors of these towers normalise pixels from 0 to 1."""
+
+
+FOCUSED = "encoder.focused_attention"
+ENTROPY = "encoder.pixel_entropy"
 
 
 @dataclass
@@ -56,6 +69,8 @@ class PictureTower:
         Names of the norm in front of the feed-forward part and of that part inside a layer.
     scale
         Name of the parameter that the output of the feed-forward part is multiplied by, where there is one.
+    pixels
+        Means and standard deviations that the pixels were normalised by.
     """
 
     packed = False
@@ -68,11 +83,13 @@ class PictureTower:
         norm: str = "layer_norm2",
         feed: str = "mlp",
         scale: str | None = None,
+        pixels: Statistics | None = None,
     ) -> None:
         self.layers_path = layers
         self.attention_name = attention
         self.class_token = class_token
         self.norm_name, self.feed_name, self.scale_name = norm, feed, scale
+        self.pixels = pixels
 
     def blocks(self, tower: Any) -> list[TowerBlock]:
         """The layers in order, taken apart."""
@@ -109,8 +126,10 @@ class PictureTower:
         q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (outputs["q"], outputs["k"]))
         return QueriesKeys(q, k, q.shape[-1] ** -0.5)
 
-    def reduce(self, name: str, qk: QueriesKeys) -> Tensor:
+    def reduce(self, name: str, qk: QueriesKeys, parameter: float | None = None) -> Tensor:
         """The statistic ``name`` per picture and patch [B, N] (class token column removed)."""
+        if name == FOCUSED:
+            return focused_attention(qk.q, qk.k, parameter or 0.0, scale=qk.scale, skip=int(self.class_token))
         if name == "encoder.class_attention":
             return class_attention(qk.q, qk.k, scale=qk.scale)[:, 1:]
         if name == "encoder.mean_key":
@@ -123,8 +142,12 @@ class PictureTower:
         received = received_attention(qk.q, qk.k, scale=qk.scale)
         return received[:, 1:] if self.class_token else received
 
-    def listen(self, tower: Any, name: str, layer: int, sink: Sink, key: str) -> list[Any]:
+    def listen(
+        self, tower: Any, name: str, layer: int, sink: Sink, key: str, parameter: float | None = None
+    ) -> list[Any]:
         """Hooks that hand the statistic of one layer to ``sink`` on every call of the tower."""
+        if name == ENTROPY:
+            return [tower.register_forward_pre_hook(self._entropy_hook(sink, key), with_kwargs=True)]
         attention = self.attentions(tower)[layer]
         outputs: dict[str, Tensor] = {}
 
@@ -136,12 +159,27 @@ class PictureTower:
 
         def finish(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
             with torch.no_grad():
-                sink(key, self.reduce(name, self.queries_keys(module, outputs, kwargs)))
+                sink(key, self.reduce(name, self.queries_keys(module, outputs, kwargs), parameter))
             outputs.clear()
 
         handles = [module.register_forward_hook(keep(part)) for part, module in self.projections(attention).items()]
         handles.append(attention.register_forward_hook(finish, with_kwargs=True))
         return handles
+
+    def _entropy_hook(self, sink: Sink, key: str) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
+        mean, std = (torch.tensor(part) for part in self.pixels or SIGLIP_PIXELS)
+
+        def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            pixels = args[0] if args else kwargs["pixel_values"]
+            patch = module.config.patch_size
+            patch = patch[0] if isinstance(patch, (list, tuple)) else patch
+            # Towers leave out the rim that fills no patch.
+            height, width = (side // patch * patch for side in pixels.shape[-2:])
+            with torch.no_grad():
+                levels = restored_levels(pixels[..., :height, :width], mean, std)
+                sink(key, patch_entropy(levels, patch).flatten(1).softmax(dim=-1))
+
+        return hook
 
 
 class PackedTower(PictureTower):
@@ -167,8 +205,21 @@ class PackedTower(PictureTower):
         q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
         return QueriesKeys(q, k, q.shape[-1] ** -0.5, kwargs["cu_seqlens"])
 
-    def reduce(self, name: str, qk: QueriesKeys) -> Tensor:
+    def reduce(self, name: str, qk: QueriesKeys, parameter: float | None = None) -> Tensor:
         """Sum over the queries of a patch's block [n]; the host divides by the patches of a frame."""
         if name == "encoder.mean_key":
             return qk.k.float().mean(dim=1)[0]
+        if name == FOCUSED:
+            return self._focused(qk, parameter or 0.0)
         return received_attention(qk.q, qk.k, scale=qk.scale, segments=qk.segments, reduce_queries="sum")[0]
+
+    @staticmethod
+    def _focused(qk: QueriesKeys, threshold: float) -> Tensor:
+        """Focused attention times the patches of a block, so that it pools as sums over queries do [n]."""
+        bounds = [0, qk.k.shape[2]] if qk.segments is None else qk.segments.tolist()
+        parts = [
+            focused_attention(qk.q[:, :, a:b], qk.k[:, :, a:b], threshold, scale=qk.scale)[0] * (b - a)
+            for a, b in itertools.pairwise(bounds)
+            if b > a
+        ]
+        return torch.cat(parts)

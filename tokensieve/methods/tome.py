@@ -107,27 +107,18 @@ def spread_schedule(tokens: int, target: int, layers: int) -> list[int]:
     Parameters
     ----------
     tokens, target : int
-        Patches in front of the first block and behind the last one.
+        Patches in front of the first block and behind the last one. A block removes at most half, so that more are
+        left where the blocks are too few.
     layers : int
         Blocks.
-
-    Raises
-    ------
-    MethodError
-        If so few cannot be reached, since a block removes at most half.
     """
-    fewest, schedule = [target], []
+    # How many may enter each block so that those behind it can still reach the target.
+    most, schedule = [target], []
     for _ in range(layers):
-        fewest.append(2 * fewest[-1])
-    if tokens > fewest[layers]:
-        raise MethodError(
-            f"ToMe cannot merge {tokens} patches to {target} in {layers} blocks, each of which removes at most half; "
-            "raise the retention."
-        )
-    for layer in range(layers):
-        left = layers - layer
+        most.append(2 * most[-1])
+    for left in range(layers, 0, -1):
         even = -(-(tokens - target) // left)
-        schedule.append(min(max(even, tokens - fewest[left - 1]), tokens // 2))
+        schedule.append(min(max(even, tokens - most[left - 1]), tokens // 2))
         tokens -= schedule[-1]
     return schedule
 

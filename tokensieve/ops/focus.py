@@ -57,7 +57,13 @@ def focused_mean(attention: Tensor, threshold: float) -> Tensor:
 
 
 def focused_attention(
-    q: Tensor, k: Tensor, threshold: float, *, scale: float | None = None, max_bytes: int = DEFAULT_MAX_BYTES
+    q: Tensor,
+    k: Tensor,
+    threshold: float,
+    *,
+    scale: float | None = None,
+    skip: int = 0,
+    max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Tensor:
     """`focused_mean` from queries and keys: once over all queries in chunks, then over the attended ones.
 
@@ -69,17 +75,20 @@ def focused_attention(
         See `focus_mask`.
     scale : float, optional
         Factor of the logits; ``d ** -0.5`` by default.
+    skip : int
+        Tokens in front (a class token) that are looked at but do not look, and are left out of the result.
     max_bytes : int
         Upper bound of the memory for one chunk of logits.
 
     Returns
     -------
     Tensor
-        ``[B, N]`` float32 (float64 for float64 input).
+        ``[B, N - skip]`` float32 (float64 for float64 input).
     """
-    mask = focus_mask(received_attention(q, k, scale=scale, max_bytes=max_bytes), threshold)
+    q = q[:, :, skip:]
+    mask = focus_mask(received_attention(q, k, scale=scale, max_bytes=max_bytes)[:, skip:], threshold)
     rows = [
         received_attention(q[i : i + 1, :, chosen], k[i : i + 1], scale=scale, max_bytes=max_bytes)
         for i, chosen in enumerate(mask)
     ]
-    return torch.cat(rows)
+    return torch.cat(rows)[:, skip:]
