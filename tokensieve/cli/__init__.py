@@ -1,4 +1,4 @@
-"""The command line: ``tokensieve ask | view | list | check | profile | serve``."""
+"""The command line: ``tokensieve ask | view | list | check | profile | serve | batch``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tokensieve import __version__
 from tokensieve.cli._console import out
 from tokensieve.cli._group import TokensieveGroup
 from tokensieve.cli.ask import ask
+from tokensieve.cli.batch import batch
 from tokensieve.cli.check import check
 from tokensieve.cli.demo import demo
 from tokensieve.cli.listing import list_app
@@ -55,6 +56,7 @@ app.command("check")(check)
 app.command("profile")(profile)
 app.command("demo")(demo)
 app.command("serve")(serve)
+app.command("batch")(batch)
 
 
 def main() -> None:
