@@ -131,7 +131,7 @@ def test_missing_signal_names_methods_that_work() -> None:
 def test_layer_that_does_not_fit() -> None:
     model, _ = tiny.build_in_memory("qwen3_vl")
     layers = len(model.model.language_model.layers)
-    with pytest.raises(MethodError, match=f"choose a layer between 1 and {layers - 1}"):
+    with pytest.raises(MethodError, match=f"choose a layer between 2 and {layers - 1}"):
         tokensieve.compress(model, "fastv:layer=99")
     with pytest.raises(MethodError, match="receive extra visual features"):
         tokensieve.compress(model, "fastv:layer=1")

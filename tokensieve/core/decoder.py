@@ -1,4 +1,4 @@
-"""Cutting the sequence between two decoder layers, and keeping every later layer aligned with its own cache."""
+"""Cutting the sequence inside the decoder, and keeping every later layer aligned with its own cache."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from tokensieve.core.compactor import (
     pad_rows,
     renumbered,
 )
+from tokensieve.core.cuts import Cut
 from tokensieve.core.decoder_signals import DecoderSignals, RowView
+from tokensieve.core.decoding import DecodingStage
+from tokensieve.core.eviction import evict
+from tokensieve.core.feed import FeedHooks
 from tokensieve.core.ledger import Ledger, Span
 from tokensieve.core.masks import causal_mask
 from tokensieve.core.method import Method
 from tokensieve.core.plan import Plan
-from tokensieve.core.prefill import Tracked
-from tokensieve.core.prompt_state import Prompt
-from tokensieve.core.sample import DecoderSample, HostFacts, PromptSample
+from tokensieve.core.prompt_state import Aside, Prompt
+from tokensieve.core.sample import HostFacts, PromptSample
+from tokensieve.core.sampling import decoder_sample
 from tokensieve.errors import MethodError
 from tokensieve.hosts.base import Host
 
@@ -38,6 +42,8 @@ class DecoderStage:
         The model and what is known of it.
     methods
         Methods with a decoder stage, in order.
+    selecting
+        All methods of the run, among which one may select cache entries while decoding.
     hide_positions
         Hand the layers no position ids in a prefill. Kernels that read packed sequences off gaps in the
         positions would misread a pruned prompt; the rotary tables carry the true positions anyway.
@@ -49,6 +55,7 @@ class DecoderStage:
         host: Host,
         facts: HostFacts,
         methods: Sequence[Method],
+        selecting: Sequence[Method],
         hide_positions: bool,
         clock: Any,
     ) -> None:
@@ -58,34 +65,30 @@ class DecoderStage:
         self.layers = host.layers(base)
         self.text_model = host.text_model(base)
         self.config = self.text_model.config
-        self.methods = [method for method in methods if method.retention < 1.0]
-        self.cuts: dict[int, tuple[int, Method]] = {}
-        for number, method in enumerate(methods):
-            for layer in method.decoder_layers(facts) if method.retention < 1.0 else ():
-                if layer in self.cuts:
-                    raise MethodError(
-                        f"{method.name} and {self.cuts[layer][1].name} both cut in front of layer {layer}; give one "
-                        "of them another layer."
-                    )
-                self.cuts[layer] = (number, method)
-        wanted = {layer: set(method.decoder_signals(facts)) for layer, (_, method) in self.cuts.items()}
+        self.cuts = _collect(methods, facts)
+        wanted = {cut: set(method.decoder_signals(facts)) for cut, (_, method) in self.cuts.items()}
         self.signals = DecoderSignals(host, self.text_model, list(self.layers), wanted, self._row_views, clock)
+        self.decoding = DecodingStage(host, list(self.layers), facts, selecting, clock)
         self.prompt: Prompt | None = None
         self.spans: dict[int, Span] = {}
         self._earlier: dict[int, Span] = {}
         self._removed = 0
         self._shift: Tensor | None = None
         self._swap: dict[str, Any] = {}
+        self._aside: Aside | None = None
         self._step: tuple[Ledger, Tensor | None, Tensor | None] | None = None
-        self._built_for = -1
+        self._built_for: tuple[int, bool] | None = None
         self._handles: list[Any] = []
 
     def attach(self) -> None:
         """Install the hooks."""
-        self._handles = self.signals.listen()
+        self._handles = [*self.signals.listen(), *self.decoding.listen()]
+        inner = {cut.layer: FeedHooks(self.layers[cut.layer]) for cut in self.cuts if cut.point == "feed"}
         for index, layer in enumerate(self.layers):
-            hook = self._before_layer(index)
+            hook = self._before_layer(index, inner.get(index))
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for index, feed in inner.items():
+            self._handles += feed.attach(self._before_feed(Cut(index, "feed")))
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -109,7 +112,9 @@ class DecoderStage:
             Inputs of the first layer.
         """
         self.prompt, self._earlier = prompt, earlier
-        self._removed, self._shift = removed, None
+        self._removed, self._shift, self._aside = removed, None, None
+        if earlier and earlier[0].visual is not None and earlier[0].visual.numel():
+            prompt.number_from(max(int(span.visual.max()) for span in earlier.values() if span.visual is not None) + 1)
         self.spans = {}
         self._open_span(0)
         for number, method in self.cuts.values():
@@ -130,37 +135,55 @@ class DecoderStage:
         positions : Tensor, optional
             Position ids of the pass in front of the first layer.
         """
-        self._step, self._built_for = (ledger, given, positions), -1
+        self._step, self._built_for = (ledger, given, positions), None
 
     def end(self) -> None:
         """Forget the pass."""
-        self.prompt, self._step = None, None
+        self.prompt = self._step = self._aside = None
         self._swap = {}
         self.signals.forget()
+        self.decoding.end()
 
-    def _row_views(self, layer: int) -> list[RowView]:
-        """Where things stand in every row of the present prefill; none outside of a prefill."""
+    def _row_views(self, cut: Cut, layer: int) -> list[RowView | None]:
+        """Where things stand in every row of the present prefill; nothing outside of a prefill."""
         prompt = self.prompt
         if prompt is None:
             return []
         keys = prompt.keys(layer)
-        return [
-            RowView(prompt.visual(row), prompt.behind(row), prompt.last(row), keys[row])
-            for row in range(prompt.real.shape[0])
-        ]
+        number, method = self.cuts.get(cut, (-1, None))
+        views: list[RowView | None] = []
+        for row in range(prompt.real.shape[0]):
+            if method is not None and not method.acts(cut, prompt.memory.get((number, row), {})):
+                views.append(None)
+                continue
+            visual = prompt.visual(row, method is not None and method.cuts_separators)
+            text, rows = prompt.text(row), prompt.rows(row)
+            views.append(
+                RowView(visual, prompt.behind(row), text, prompt.last(row), keys[row], rows, prompt.total[row])
+            )
+        return views
 
-    def _before_layer(self, index: int) -> Any:
+    def _before_layer(self, index: int, feed: FeedHooks | None) -> Any:
+        front = next((cut for cut in self.cuts if cut.layer == index and cut.point == "layer"), None)
+
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             if self.prompt is not None:
                 if self.hide_positions:
                     kwargs["position_ids"] = None
-                if index in self.cuts:
+                if index == 0 and any(cut.restore for cut in self.cuts):
+                    self._aside = Aside.start(self.prompt, hidden, kwargs, self._removed)
+                shorter = None
+                if front is not None:
                     with self.clock("compress"):
-                        hidden = self._cut(index, hidden, {**kwargs, **self._swap})
-                elif index in self._earlier and index > 0:
+                        shorter = self._cut(front, hidden, {**kwargs, **self._swap})
+                if shorter is not None:
+                    hidden = shorter
+                elif index in self._earlier and (index > 0 or self._earlier[0].offset is not None):
                     self._realign(index, hidden, kwargs)
                 kwargs.update(_on(self._swap, hidden.device))
+                if feed is not None:
+                    feed.arguments = dict(kwargs)
             elif self._step is not None:
                 self._align_step(index, hidden, kwargs)
             else:
@@ -172,30 +195,72 @@ class DecoderStage:
 
         return hook
 
-    def _cut(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Shorten the batch in front of a layer and remember what the layers from here on must be given."""
+    def _before_feed(self, cut: Cut) -> Any:
+        def shorten(hidden: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+            if self.prompt is None:
+                return None
+            with self.clock("compress"):
+                return self._cut(cut, hidden, arguments)
+
+        return shorten
+
+    def _cut(self, cut: Cut, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """Shorten the batch and remember what the layers from here on must be given; None when nobody acts."""
         assert self.prompt is not None
-        prompt, offset = self.prompt, self._earlier_offset(layer)
+        prompt, (number, method) = self.prompt, self.cuts[cut]
+        batch = hidden.shape[0]
+        if not any(method.acts(cut, prompt.memory.get((number, row), {})) for row in range(batch)):
+            return None
+        if cut.restore:
+            assert self._aside is not None
+            hidden = self._aside.bring_back(prompt, hidden, kwargs)
+            self._removed = self._aside.removed
+        offset = self._earlier_offset(cut.first)
         if offset is not None and prompt.positions is not None:
             kwargs["position_embeddings"] = self._shifted(prompt.positions, offset, hidden)
-        rows, plans = [], []
-        for row in range(hidden.shape[0]):
-            visual = prompt.visual(row)
-            plan = self._plan_row(row, layer, hidden, visual, kwargs) if visual.numel() else None
-            plans.append(plan)
-            kept = [] if plan is None else [Placement(visual, plan.keep)]
-            rows.append(arrange_row(prompt.real[row], kept))
-        compaction = pad_rows(rows, prompt.real.shape[1], bool(prompt.real[:, -1].all()))
-        shorter = gather_sequence(hidden, compaction.index)
+        visual = [prompt.visual(row, method.cuts_separators) for row in range(batch)]
+        plans = [self._plan_row(row, cut, hidden, visual[row], kwargs) for row in range(batch)]
+        dropped = [_left_out(places, plan) for places, plan in zip(visual, plans, strict=True)]
+        fate = next((plan.fate for plan in plans if plan is not None), "gone")
+        if fate == "aside":
+            assert self._aside is not None
+            self._aside.put(prompt, hidden, dropped)
+        if fate == "evicted":
+            self._evict(cut, [prompt.present[row, places] for row, places in enumerate(dropped)], kwargs)
+        compaction = self._compaction(plans, visual, dropped, fate == "hidden")
+        shorter = gather_sequence(hidden, compaction.index) if fate != "hidden" else hidden
         for row, plan in enumerate(plans):
             if plan is not None and plan.features is not None:
-                shorter = self._replace(shorter, row, prompt.visual(row)[plan.keep], plan.features, compaction)
-        self._advance(compaction)
-        self._record(layer)
+                shorter = self._replace(shorter, row, visual[row][plan.keep], plan.features, compaction)
+        if fate == "hidden":
+            prompt.real = compaction.real
+        else:
+            prompt.move(compaction.index, compaction.real)
         self._removed += compaction.removed
         renumber = any(plan is not None and plan.positions == "renumber" for plan in plans)
-        self._swap = self._aligned(layer, compaction, shorter, kwargs, renumber)
+        if cut.first < len(self.layers):
+            self._record(cut.first)
+            self._swap = self._aligned(cut.first, compaction, shorter, kwargs, renumber)
         return shorter
+
+    def _compaction(
+        self, plans: list[Plan | None], visual: list[Tensor], dropped: list[Tensor], hide: bool
+    ) -> Compaction:
+        """Where every token of the batch goes."""
+        assert self.prompt is not None
+        prompt = self.prompt
+        if hide:
+            real = prompt.real.clone()
+            for row, places in enumerate(dropped):
+                real[row, places] = False
+            return Compaction(torch.arange(real.shape[1]).expand_as(real), real, real.shape[1])
+        rows = []
+        for row, plan in enumerate(plans):
+            real = prompt.real[row]
+            if plan is not None and plan.separators == "occupied":
+                real = real & ~prompt.lone_separators(row, visual[row][plan.keep])
+            rows.append(arrange_row(real, [] if plan is None else [Placement(visual[row], plan.keep)]))
+        return pad_rows(rows, prompt.real.shape[1], bool(prompt.real[:, -1].all()))
 
     @staticmethod
     def _replace(hidden: Tensor, row: int, sources: Tensor, features: Tensor, compaction: Compaction) -> Tensor:
@@ -207,62 +272,36 @@ class DecoderStage:
         hidden[row, place[sources].to(hidden.device)] = features.to(hidden)
         return hidden
 
-    def _plan_row(self, row: int, layer: int, hidden: Tensor, visual: Tensor, kwargs: dict[str, Any]) -> Plan:
-        """The method's decision for one row."""
-        _, method = self.cuts[layer]
-        sample = self._sample(row, layer, hidden, visual, kwargs)
-        plan = method.plan_decoder(sample).checked(visual.numel(), method.name)
+    def _plan_row(self, row: int, cut: Cut, hidden: Tensor, visual: Tensor, kwargs: dict[str, Any]) -> Plan | None:
+        """The method's decision for one row; None where it has none to make."""
+        assert self.prompt is not None
+        prompt, (number, method) = self.prompt, self.cuts[cut]
+        memory = prompt.memory.get((number, row), {})
+        if visual.numel() == 0 or not method.acts(cut, memory):
+            return None
+        tables, cache = kwargs["position_embeddings"], kwargs.get("past_key_values")
+        signals = self.signals.read(cut, row, hidden, tables, cache)
+        sample = decoder_sample(prompt, row, cut, number, method, hidden, visual, signals, self.facts)
+        plan = method.plan_decoder(sample).checked(visual.numel(), method.name, method.may_be_empty)
         if self.facts.position_axes > 1:
             plan.positions = "original"
         return plan
 
-    def _sample(self, row: int, layer: int, hidden: Tensor, visual: Tensor, kwargs: dict[str, Any]) -> DecoderSample:
-        assert self.prompt is not None
-        prompt = self.prompt
-        number, _ = self.cuts[layer]
-        item_of = prompt.tracked.item[row, visual]
-        view, local = torch.zeros_like(visual), torch.zeros_like(visual)
-        frames, budget = 0, []
-        mine = [(i, item) for i, item in enumerate(prompt.items) if item.row == row]
-        for order, (i, item) in enumerate(mine):
-            layout, spots = item.encoded.layout, item_of == i
-            local[spots] = order
-            view[spots] = layout.patch_view[prompt.tracked.patch[row, visual[spots]]] + frames
-            frames += len(layout.views)
-            if number in item.budgets:
-                counts = torch.zeros(len(layout.views), dtype=torch.long)
-                kept = item.encoded.frames_kept
-                counts[slice(None) if kept is None else kept] = item.budgets[number]
-                budget.append(counts)
-        return DecoderSample(
-            hidden=hidden[row].index_select(0, visual.to(hidden.device)),
-            layer=layer,
-            entered=prompt.entered(row),
-            view=view,
-            item=local,
-            signals=self.signals.read(layer, row, hidden, kwargs["position_embeddings"], kwargs.get("past_key_values")),
-            memory=prompt.memory[number, row],
-            budget=torch.cat(budget) if budget else None,
-            facts=self.facts,
-            uncompressed=torch.tensor([item.encoded.layout.patches for _, item in mine]),
-        )
-
-    def _advance(self, compaction: Compaction) -> None:
-        assert self.prompt is not None
-        prompt = self.prompt
-        pick, pad = compaction.index, ~compaction.real
-        prompt.tracked = Tracked(
-            prompt.tracked.item.gather(1, pick).masked_fill(pad, -1),
-            prompt.tracked.patch.gather(1, pick).masked_fill(pad, -1),
-        )
-        prompt.real = compaction.real
+    def _evict(self, cut: Cut, dropped: list[Tensor], kwargs: dict[str, Any]) -> None:
+        """Take tokens out of the caches of all layers that have run."""
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            return
+        firsts = [first for first in sorted(self.spans) if first < cut.first]
+        for first, following in zip(firsts, [*firsts[1:], cut.first], strict=True):
+            self.spans[first] = evict(cache, self.spans[first], range(first, following), dropped)
 
     def _record(self, layer: int) -> None:
         assert self.prompt is not None
         prompt = self.prompt
         for number, (item, trace) in enumerate(zip(prompt.items, prompt.trace.items, strict=True)):
             row = item.row
-            alive = (prompt.tracked.item[row] == number) & (prompt.tracked.patch[row] >= 0)
+            alive = (prompt.tracked.item[row] == number) & (prompt.tracked.patch[row] >= 0) & prompt.real[row]
             trace.decoder[layer] = prompt.tracked.patch[row][alive]
 
     def _open_span(self, layer: int) -> None:
@@ -273,7 +312,10 @@ class DecoderStage:
         offset = None if before is None else before.offset
         if self._shift is not None:
             offset = self._shift if offset is None else offset + self._shift
-        self.spans[layer] = Span(self.prompt.keys(layer), removed, offset)
+        keys, present = self.prompt.keys(layer), self.prompt.present
+        past = keys.shape[1] - present.shape[1]
+        numbers = torch.full((present.shape[0], past), -1) if before is None else before.numbers(past)
+        self.spans[layer] = Span(keys, removed, offset, torch.cat((numbers, present), 1))
 
     def _earlier_span(self, layer: int) -> Span | None:
         known = [first for first in self._earlier if first <= layer]
@@ -340,20 +382,57 @@ class DecoderStage:
         return "sdpa" in kernel or "flash" in kernel
 
     def _align_step(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Give a layer behind a cut the mask of its own, shorter cache, and its own positions."""
+        """Give a layer the mask of its own, shorter cache, or of what it may see of it, and its own positions."""
         assert self._step is not None
         ledger, given, positions = self._step
         first = max(layer for layer in ledger.spans if layer <= index)
-        if first == 0:
+        span, hides = ledger.spans[first], self.decoding.hides(index)
+        if first == 0 and span.offset is None and not hides:
             return
-        if self._built_for != first:
-            span, cache = ledger.spans[first], kwargs["past_key_values"]
-            mask = span.mask(int(cache.layers[first].get_seq_length()) + hidden.shape[1], given)
+        if self._built_for != (first, hides):
+            cache = kwargs["past_key_values"]
+            physical = int(cache.layers[index].get_seq_length()) + hidden.shape[1]
+            mask = span.mask(physical, given)
+            if hides:
+                mask = self.decoding.visible(mask, span.numbers(physical))
             self._swap = {"attention_mask": causal_mask(self.config, hidden, mask, cache, first)}
             if span.offset is not None and positions is not None:
                 self._swap["position_embeddings"] = self._shifted(positions, span.offset, hidden)
-            self._built_for = first
+            self._built_for = (first, hides)
         kwargs.update(_on(self._swap, hidden.device))
+
+
+def _collect(methods: Sequence[Method], facts: HostFacts) -> dict[Cut, tuple[int, Method]]:
+    """Cuts of all methods -> number and method, or a MethodError for cuts that cannot go together."""
+    cuts: dict[Cut, tuple[int, Method]] = {}
+    owners: dict[int, Method] = {}
+    for number, method in enumerate(methods):
+        for cut in method.decoder_cuts(facts) if method.retention < 1.0 else ():
+            other = owners.setdefault(cut.first, method)
+            if other is not method:
+                raise MethodError(
+                    f"{method.name} and {other.name} both cut in front of layer {cut.first}; give one of them another "
+                    "layer."
+                )
+            cuts[cut] = (number, method)
+    for cut, (_, method) in cuts.items():
+        if cut.restore:
+            between = [m.name for other, (_, m) in cuts.items() if other.first < cut.first and m is not method]
+            if between:
+                raise MethodError(
+                    f"{method.name} brings tokens back in front of layer {cut.layer}, but {between[0]} cuts before; "
+                    "give that one a later layer."
+                )
+    return cuts
+
+
+def _left_out(places: Tensor, plan: Plan | None) -> Tensor:
+    """Places of the visual tokens that a plan leaves out."""
+    if plan is None:
+        return places[:0]
+    gone = torch.ones(places.numel(), dtype=torch.bool)
+    gone[plan.keep] = False
+    return places[gone]
 
 
 def _on(swap: dict[str, Any], device: torch.device) -> dict[str, Any]:

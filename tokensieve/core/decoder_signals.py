@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokensieve.errors import HostError
+from tokensieve.core.cuts import Cut
+from tokensieve.core.layer_attention import LayerAttention, Tables, project, row_tables
 from tokensieve.hosts.base import Host
-from tokensieve.ops.attention import query_attention
 from tokensieve.ops.token_transition import token_transition
 
 LAST = "decoder.last_query_attention"
@@ -25,6 +26,11 @@ NORMED = "decoder.normed_states"
 VISUAL = "decoder.visual_attention"
 LIKENESS = "decoder.value_likeness"
 LENGTH = "decoder.value_length"
+EARLIER_LAST = "decoder.earlier_last_query_attention"
+WALK = "decoder.attention_walk"
+SHARES = "decoder.attention_shares"
+STATES = "decoder.states"
+TEXT_STATES = "decoder.text_states"
 
 
 @dataclass
@@ -34,46 +40,58 @@ class RowView:
     Attributes
     ----------
     visual : Tensor [n]
-        Positions of the visual patch tokens.
+        Positions of the visual tokens that a method decides on.
     behind : Tensor [T]
         Positions of the text tokens behind the last visual token.
+    text : Tensor [T']
+        Positions of all text tokens.
     last
         Position of the last real token.
     keys : Tensor [P + L]
         Padding mask of the keys that the row attends to.
+    rows : Tensor [R]
+        Positions of all tokens that are no padding, those among them that nobody attends to included.
+    total
+        Tokens of the row in front of the first layer.
     """
 
     visual: Tensor
     behind: Tensor
+    text: Tensor
     last: int
     keys: Tensor
+    rows: Tensor
+    total: int
 
 
 @dataclass
 class DecoderSignals:
-    """Collects the requested signals in front of the cuts of one prefill.
+    """Collects the requested signals at the cuts of one prefill.
 
     Attributes
     ----------
     rows
-        Called for a layer, gives the `RowView` of every row.
+        Called for a cut and a layer whose keys count, gives the `RowView` of every row; None for rows in which the
+        method does not act.
     """
 
     host: Host
     text_model: Any
     layers: Sequence[Any]
-    wanted: dict[int, set[str]]
-    rows: Callable[[int], list[RowView]]
+    wanted: dict[Cut, set[str]]
+    rows: Callable[[Cut, int], list[RowView | None]]
     clock: Callable[[str], Any]
-    _found: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)
+    _found: dict[Cut, list[dict[str, Tensor]]] = field(default_factory=dict)
     _moved: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def listen(self) -> list[Any]:
-        """Hooks on the attention of the layers in front of the cuts, and on the layers whose transitions count."""
-        hooks = [
-            self.layers[cut - 1].self_attn.register_forward_hook(self._hook(cut), with_kwargs=True)
-            for cut in self.wanted
-        ]
+        """Hooks on the attention of the layers before the cuts, and on the layers whose transitions count."""
+        hooks = []
+        for cut, wanted in self.wanted.items():
+            if cut.attention >= 0 and wanted & _ATTENDED:
+                hooks.append(self._listen_attention(cut.attention, partial(self._behind_layer, cut)))
+            if cut.attention >= 1 and EARLIER_LAST in wanted:
+                hooks.append(self._listen_attention(cut.attention - 1, partial(self._behind_earlier_layer, cut)))
         names = {name for wanted in self.wanted.values() for name in wanted if name.startswith(f"{TRANSITION}@")}
         for layer in sorted(int(name.partition("@")[2]) for name in names):
             for part in (self.layers[layer].self_attn, self.layers[layer].mlp):
@@ -84,66 +102,77 @@ class DecoderSignals:
         """Drop what the last prefill left."""
         self._found, self._moved = {}, {}
 
-    def read(
-        self, cut: int, row: int, hidden: Tensor, tables: tuple[Tensor, Tensor], cache: Any = None
-    ) -> dict[str, Tensor]:
+    def read(self, cut: Cut, row: int, hidden: Tensor, tables: Tables, cache: Any = None) -> dict[str, Tensor]:
         """Signals of one row at a cut.
 
         Parameters
         ----------
         hidden : Tensor [B, L, D]
-            States in front of layer ``cut``.
+            States at the cut.
         tables
-            Rotary tables of that layer, [B or 1, L, d].
+            Rotary tables of the layer of the cut, [B or 1, L, d].
         cache
-            The model's cache, for what layer ``cut`` holds of earlier turns.
+            The model's cache, for what that layer holds of earlier turns.
         """
-        found = dict(self._found.get(cut, [{}] * hidden.shape[0])[row])
-        wanted, view = self.wanted[cut], self.rows(cut)[row]
-        if NEXT_LAST in wanted:
-            layer = self.layers[cut]
+        found = dict(self._found[cut][row]) if cut in self._found else {}
+        wanted, view = self.wanted[cut], self.rows(cut, cut.layer)[row]
+        assert view is not None
+        if wanted & {NEXT_LAST, NEXT_TEXT}:
+            layer = self.layers[cut.layer]
             normed = layer.input_layernorm(hidden[row : row + 1])
-            rows = torch.tensor([view.last])
-            attention = self._attention(layer.self_attn, normed, _row(tables, row), rows, view.keys, cache, row, True)
-            found[NEXT_LAST] = attention.mean(0)[0, _columns(view, hidden)]
-        if NEXT_TEXT in wanted:
-            layer = self.layers[cut]
-            normed = layer.input_layernorm(hidden[row : row + 1])
-            attention = self._attention(
-                layer.self_attn, normed, _row(tables, row), view.behind, view.keys, cache, row, True
+            ahead = LayerAttention(
+                self.host, layer.self_attn, normed, row_tables(tables, row), view.keys, cache, row, True
             )
-            found[NEXT_TEXT] = attention.mean(0)[:, _columns(view, hidden)]
-        last_cut = max((other for other in self.wanted if other < cut), default=0)
-        for layer in range(last_cut, cut):
-            if f"{TRANSITION}@{layer}" in wanted:
-                found[f"{TRANSITION}@{layer}"] = self._moved[layer][row]
+            columns = _columns(view, hidden)
+            if NEXT_LAST in wanted:
+                found[NEXT_LAST] = ahead.of(torch.tensor([view.last])).mean(0)[0, columns]
+            if NEXT_TEXT in wanted:
+                found[NEXT_TEXT] = ahead.of(view.behind).mean(0)[:, columns]
+        last_cut = max((other.layer for other in self.wanted if other.layer < cut.layer), default=0)
+        for index in range(last_cut, cut.layer):
+            if f"{TRANSITION}@{index}" in wanted:
+                found[f"{TRANSITION}@{index}"] = self._moved[index][row]
+        places = torch.cat((view.visual, view.behind)).to(hidden.device)
         if NORMED in wanted:
-            places = torch.cat((view.visual, view.behind)).to(hidden.device)
             found[NORMED] = self.text_model.norm(hidden[row].index_select(0, places))
+        if STATES in wanted:
+            found[STATES] = hidden[row].index_select(0, places)
+        if TEXT_STATES in wanted:
+            found[TEXT_STATES] = hidden[row].index_select(0, view.text.to(hidden.device))
         return found
 
-    def _hook(self, cut: int) -> Any:
+    def _listen_attention(self, index: int, read: Callable[[RowView, LayerAttention], dict[str, Tensor]]) -> Any:
+        """A hook on the attention of a layer that adds what ``read`` finds to the signals of its cut."""
+        cut: Cut = read.args[0]  # type: ignore[attr-defined]
+
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-            views = self.rows(cut - 1)
-            if not views:
+            views = self.rows(cut, index)
+            if not any(view is not None for view in views):
                 return
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            tables, cache = kwargs["position_embeddings"], kwargs.get("past_key_values")
             with torch.no_grad(), self.clock("compress"):
-                self._found[cut] = [
-                    self._behind_layer(cut, row, view, module, hidden, kwargs) for row, view in enumerate(views)
-                ]
+                found = self._found.setdefault(cut, [{} for _ in views])
+                for row, view in enumerate(views):
+                    if view is not None and view.visual.numel():
+                        one = hidden[row : row + 1]
+                        layer = LayerAttention(self.host, module, one, row_tables(tables, row), view.keys, cache, row)
+                        found[row].update(read(view, layer))
 
-        return hook
+        return self.layers[index].self_attn.register_forward_hook(hook, with_kwargs=True)
 
     def _transition_hook(self, layer: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-            views = self.rows(layer)
+            views = self.rows(Cut(layer), layer)
             if not views:
                 return
             before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             after = result[0] if isinstance(result, tuple) else result
             with torch.no_grad(), self.clock("compress"):
-                moved = [self._transition(before[row], after[row], view) for row, view in enumerate(views)]
+                moved = [
+                    before.new_zeros(0) if view is None else self._transition(before[row], after[row], view)
+                    for row, view in enumerate(views)
+                ]
             known = self._moved.get(layer)
             # The first part of the layer that reports is its attention; what the MLP does is added to it.
             self._moved[layer] = moved if known is None else [a + b for a, b in zip(known, moved, strict=True)]
@@ -159,43 +188,51 @@ class DecoderSignals:
         spread[real] = values
         return spread[view.visual.to(spread.device)]
 
-    def _behind_layer(
-        self, cut: int, row: int, view: RowView, module: Any, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        wanted = self.wanted[cut]
+    @staticmethod
+    def _behind_earlier_layer(cut: Cut, view: RowView, layer: LayerAttention) -> dict[str, Tensor]:
+        attention = layer.of(torch.tensor([view.last]))
+        return {EARLIER_LAST: attention.mean(0)[0, _columns(view, layer.hidden)]}
+
+    def _behind_layer(self, cut: Cut, view: RowView, layer: LayerAttention) -> dict[str, Tensor]:
+        wanted, module = self.wanted[cut], layer.module
+        columns = _columns(view, layer.hidden)
         found: dict[str, Tensor] = {}
-        if view.visual.numel() == 0:
-            return found
-        tables, cache = _row(kwargs["position_embeddings"], row), kwargs.get("past_key_values")
-        columns = _columns(view, hidden)
-        one = hidden[row : row + 1]
-        if LAST in wanted:
-            rows = torch.tensor([view.last])
-            attention = self._attention(module, one, tables, rows, view.keys, cache, row)
-            found[LAST] = attention.mean(0)[0, columns]
+        if wanted & {LAST, VISUAL}:
+            attention = layer.of(torch.tensor([view.last]))[:, 0, columns]
+            if LAST in wanted:
+                found[LAST] = attention.mean(0)
+            if VISUAL in wanted:
+                found[VISUAL] = (attention / attention.sum(-1, keepdim=True)).mean(0)
         if TEXT in wanted:
-            attention = self._attention(module, one, tables, view.behind, view.keys, cache, row)
-            found[TEXT] = attention[:, :, columns]
+            found[TEXT] = layer.of(view.behind)[:, :, columns]
         if BIAS in wanted:
-            found[BIAS] = self._position_bias(module, tables, view)
-        if VISUAL in wanted:
-            attention = self._attention(module, one, tables, torch.tensor([view.last]), view.keys, cache, row)
-            alone = attention[:, 0, columns]
-            found[VISUAL] = (alone / alone.sum(-1, keepdim=True)).mean(0)
-        if LIKENESS in wanted or LENGTH in wanted:
-            places = torch.cat((view.visual, torch.tensor([view.last]))).to(hidden.device)
-            values = _project(module, "v", one.index_select(1, places))[0].float()
+            found[BIAS] = self._position_bias(module, layer.tables, view)
+        if WALK in wanted:
+            found[WALK] = layer.walk(view.rows, view.total)[view.visual.to(columns.device)]
+        if SHARES in wanted:
+            found[SHARES] = self._shares(view, layer)
+        if wanted & {LIKENESS, LENGTH}:
+            places = torch.cat((view.visual, torch.tensor([view.last]))).to(layer.hidden.device)
+            values = project(module, "v", layer.hidden.index_select(1, places))[0].float()
             scores = (values[:, :-1] @ values[:, -1:].transpose(1, 2)).squeeze(2) * module.head_dim**-0.5
             found[LIKENESS] = scores.softmax(-1).mean(0)
             found[LENGTH] = values[:, :-1].mean(0).abs().sum(-1)
         if KEYS in wanted:
-            keys = self._keys(module, one, tables, view.keys, cache, row)
-            past = view.keys.numel() - hidden.shape[1]
-            if past == 0:
-                keys = self._from_first(module, keys, tables, int(view.keys.long().argmax()))
-            places = (torch.cat((view.visual, view.behind)) + past).to(keys.device)
+            keys = layer.keys()
+            if layer.past == 0:
+                keys = self._from_first(module, keys, layer.tables, int(view.keys.long().argmax()))
+            places = (torch.cat((view.visual, view.behind)) + layer.past).to(keys.device)
             found[KEYS] = keys[0].transpose(0, 1).flatten(1).index_select(0, places)
         return found
+
+    @staticmethod
+    def _shares(view: RowView, layer: LayerAttention) -> Tensor:
+        """Attention of text to visual tokens and of visual tokens to text, behind the first visual token [2]."""
+        text = view.text[view.text > view.visual[0]]
+        late = view.visual[view.visual > text[0]] if text.numel() else text
+        # Visual tokens in front of all that text have rows too, but see none of it.
+        seen = layer.share(late, text) * late.numel() / view.visual.numel()
+        return torch.tensor([layer.share(text, view.visual), seen])
 
     def _from_first(self, module: Any, keys: Tensor, tables: tuple[Tensor, Tensor], first: int) -> Tensor:
         """Rotated keys as if the row began at its first real token, so that padding in front changes nothing.
@@ -215,81 +252,11 @@ class DecoderSignals:
         text, visual = (rotated[0, 0].index_select(0, places.to(cos.device)) for places in (view.behind, view.visual))
         return text @ visual.T * module.scaling
 
-    def _attention(
-        self,
-        module: Any,
-        hidden: Tensor,
-        tables: tuple[Tensor, Tensor],
-        rows: Tensor,
-        keys: Tensor,
-        cache: Any,
-        row: int,
-        ahead: bool = False,
-    ) -> Tensor:
-        """Attention [H, r, P + L] of some queries of one row ``hidden [1, L, D]``, float32; see `_keys`."""
-        places = rows.to(hidden.device)
-        cos, sin = (table.index_select(1, places.to(table.device)) for table in tables)
-        q = _project(module, "q", hidden.index_select(1, places))
-        q, _ = self.host.decoder_rotary(module)(q, q, cos, sin)
-        k = self._keys(module, hidden, tables, keys, cache, row, ahead)
-        past = keys.numel() - hidden.shape[1]
-        visible = keys[None] & (torch.arange(keys.numel())[None] <= past + rows[:, None])
-        return query_attention(q, k, visible[None].to(k.device), scale=module.scaling)[0]
-
-    def _keys(
-        self,
-        module: Any,
-        hidden: Tensor,
-        tables: tuple[Tensor, Tensor],
-        keys: Tensor,
-        cache: Any,
-        row: int,
-        ahead: bool = False,
-    ) -> Tensor:
-        """Rotated keys [1, H_kv, P + L, d] of one row: from the cache where it holds them, or projected again.
-
-        ``ahead`` tells that the layer has not run yet, so that its cache holds earlier turns at most.
-        """
-        cached = None if ahead else _cached_keys(cache, module.layer_idx, keys.numel())
-        if cached is not None:
-            return cached[row : row + 1]
-        k = _project(module, "k", hidden)
-        k = self.host.decoder_rotary(module)(k, k, *tables)[1]
-        past = keys.numel() - hidden.shape[1]
-        if past == 0:
-            return k
-        before = _cached_keys(cache, module.layer_idx, past)
-        if before is None:
-            raise HostError(
-                "The cache does not give out the keys of earlier turns in full precision, which this method ranks "
-                "by; use a DynamicCache, or start the conversation anew."
-            )
-        return torch.cat((before[row : row + 1].to(k), k), dim=2)
-
 
 def _columns(view: RowView, hidden: Tensor) -> Tensor:
     """Key columns of the visual tokens."""
     return (view.visual + view.keys.numel() - hidden.shape[1]).to(hidden.device)
 
 
-def _row(tables: tuple[Tensor, Tensor], row: int) -> tuple[Tensor, Tensor]:
-    """Rotary tables of one row, [1, L, d]."""
-    cos, sin = (table if table.shape[0] == 1 else table[row : row + 1] for table in tables)
-    return cos, sin
-
-
-def _project(attention: Any, part: str, hidden: Tensor) -> Tensor:
-    """Queries or keys [B, heads, length, d] of some states, behind the per-head norm where there is one."""
-    projected = getattr(attention, f"{part}_proj")(hidden).unflatten(-1, (-1, attention.head_dim))
-    norm = getattr(attention, f"{part}_norm", None)
-    return (projected if norm is None else norm(projected)).transpose(1, 2)
-
-
-def _cached_keys(cache: Any, layer: int, length: int) -> Tensor | None:
-    """Rotated keys of a layer from its cache, or None when the cache does not hold them in full precision."""
-    if cache is None or len(cache.layers) <= layer:
-        return None
-    keys = getattr(cache.layers[layer], "keys", None)
-    if not isinstance(keys, Tensor) or keys.shape[-2] < length:
-        return None
-    return keys[..., :length, :]
+_ATTENDED = {LAST, TEXT, BIAS, VISUAL, LIKENESS, LENGTH, KEYS, WALK, SHARES}
+"""Signals of the layer in front of a cut."""

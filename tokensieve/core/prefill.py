@@ -24,7 +24,21 @@ from tokensieve.hosts.base import Host
 
 @dataclass
 class PromptItem:
-    """A visual item at its place in a prompt row."""
+    """A visual item at its place in a prompt row.
+
+    Attributes
+    ----------
+    positions : Tensor [tokens]
+        Places of its tokens.
+    plan
+        Decision of the tokens stage.
+    budgets
+        Number of a decoder method -> tokens that every frame may keep.
+    signals
+        Requested tower signals of its patches.
+    text, text_before : Tensor [T]
+        Places of the text behind it and in front of it, as far as the next item or the end of the row.
+    """
 
     row: int
     call: EncodeCall
@@ -32,6 +46,9 @@ class PromptItem:
     positions: Tensor
     plan: Plan | None = None
     budgets: dict[int, Tensor] = field(default_factory=dict)
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    text: Tensor | None = None
+    text_before: Tensor | None = None
 
 
 @dataclass
@@ -42,10 +59,20 @@ class Tracked:
     ----------
     item, patch
         Visual item (counted over the batch) and patch of it; patch is -1 for separators.
+    token
+        Token of the item's layout, separators included.
     """
 
     item: Tensor
     patch: Tensor
+    token: Tensor
+
+    def at(self, index: Tensor, pad: Tensor) -> Tracked:
+        """Origins of the tokens at ``index [B, L']``, with ``pad [B, L']`` marking padding."""
+        item, patch, token = (
+            part.gather(1, index).masked_fill(pad, -1) for part in (self.item, self.patch, self.token)
+        )
+        return Tracked(item, patch, token)
 
 
 def locate(
@@ -91,6 +118,28 @@ def locate(
             )
         found += _place(items, call, places, copies, batch, length)
     return sorted(found, key=lambda item: (item.row, int(item.positions[0])))
+
+
+def pair_text(items: Sequence[PromptItem], real: Tensor) -> None:
+    """Tell every item which text stands around it.
+
+    Parameters
+    ----------
+    items
+        Of the batch, in prompt order.
+    real : Tensor [B, L]
+        Padding mask.
+    """
+    for row in range(real.shape[0]):
+        mine = [item for item in items if item.row == row]
+        bounds = [-1, *(int(item.positions[-1]) for item in mine)]
+        starts = [*(int(item.positions[0]) for item in mine), real.shape[1]]
+        gaps = [
+            real[row, last + 1 : first].nonzero().flatten() + last + 1
+            for last, first in zip(bounds, starts, strict=True)
+        ]
+        for item, before, behind in zip(mine, gaps[:-1], gaps[1:], strict=True):
+            item.text_before, item.text = before, behind
 
 
 def _place(
@@ -148,12 +197,15 @@ class Planner:
         positions = item.positions if tokens is None else item.positions[tokens]
         patch_positions = positions[part.patch_tokens].to(embeds.device)
         features = embeds.index_select(0, patch_positions)
-        signals = self._signals(item)
+        signals = item.signals = self._signals(item)
         if tokens is not None:
             assert kept_views is not None
             kept = torch.isin(layout.patch_view, kept_views)
             signals = {key: value[kept.to(value.device)] for key, value in signals.items()}
         sample = TokenSample(features, part, signals, self.facts, index=index)
+        if item.text is not None and item.text_before is not None:
+            sample.text = embeds.index_select(0, item.text.to(embeds.device))
+            sample.text_before = embeds.index_select(0, item.text_before.to(embeds.device))
         for number, method in enumerate(self.decoder_methods):
             if method.budget is not None:
                 item.budgets[number] = allocate(method.budget, sample, method.retention)
@@ -258,6 +310,7 @@ def compact(
     trace = PrefillTrace(before=real.sum(1).tolist())
     item_of = torch.full((batch, length), -1)
     patch_of = torch.full((batch, length), -1)
+    token_of = torch.full((batch, length), -1)
     slot_of = torch.full((batch, length), -1)
     placements: list[list[Placement]] = [[] for _ in range(batch)]
     counters = [0] * batch
@@ -268,6 +321,7 @@ def compact(
         placements[item.row].append(Placement(item.positions, tokens))
         item_of[item.row, item.positions] = number
         patch_of[item.row, item.positions[layout.patch_tokens]] = torch.arange(layout.patches)
+        token_of[item.row, item.positions] = torch.arange(layout.tokens)
         slot_of[item.row, item.positions[tokens]] = slots
         trace.items.append(
             ItemTrace(
@@ -287,10 +341,7 @@ def compact(
     compaction = identity(real) if untouched else pad_rows(rows, length, left)
     trace.after = compaction.real.sum(1).tolist()
     pick = compaction.index
-    tracked = Tracked(
-        item_of.gather(1, pick).masked_fill(~compaction.real, -1),
-        patch_of.gather(1, pick).masked_fill(~compaction.real, -1),
-    )
+    tracked = Tracked(item_of, patch_of, token_of).at(pick, ~compaction.real)
     new_slot = slot_of.gather(1, pick).masked_fill(~compaction.real, -1)
     replacements = []
     for number, item in enumerate(items):

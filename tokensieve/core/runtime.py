@@ -22,7 +22,7 @@ from tokensieve.core.decoder import DecoderStage
 from tokensieve.core.ledger import Ledger
 from tokensieve.core.masks import is_preallocated, padding_mask
 from tokensieve.core.method import Method
-from tokensieve.core.prefill import Planner, PromptItem, compact, locate
+from tokensieve.core.prefill import Planner, PromptItem, compact, locate, pair_text
 from tokensieve.core.prompt_state import Prompt
 from tokensieve.core.signals import SignalRequest
 from tokensieve.core.tap import EncoderTap
@@ -73,7 +73,7 @@ class Run:
         self.positions = deciding[0].position_policy if deciding and self.facts.position_axes == 1 else "original"
         decoder_methods = [m for m in self.methods if "decoder" in m.stages]
         gaps = self.positions == "original" and bool(deciding)
-        self._decoder = DecoderStage(self.base, host, self.facts, decoder_methods, gaps, self.clock)
+        self._decoder = DecoderStage(self.base, host, self.facts, decoder_methods, self.methods, gaps, self.clock)
         self._handles: list[Any] = []
         self._own_loss: Any = None
         self._ids: Tensor | None = None
@@ -191,6 +191,7 @@ class Run:
         real = torch.ones(batch, length, dtype=torch.bool) if given is None else given[:, -length:]
         with self.clock("compress"):
             counters = dict.fromkeys(range(batch), 0)
+            pair_text(items, real)
             for item in items:
                 self._planner.plan(item, embeds[item.row], counters[item.row])
                 counters[item.row] += 1
@@ -290,7 +291,15 @@ class Run:
         # One query on growing, unpadded caches needs no mask at any layer, unless the kernel always takes one.
         shifted = any(s.offset is not None for s in ledger.spans.values())
         always = len(ledger.spans) > 1 and not self._decoder.skips_masks
-        if shifted or always or kwargs["attention_mask"] is not None or length > 1 or is_preallocated(cache):
+        selecting = self._decoder.decoding.begin(ledger, given, length)
+        if (
+            selecting
+            or shifted
+            or always
+            or kwargs["attention_mask"] is not None
+            or length > 1
+            or is_preallocated(cache)
+        ):
             self._decoder.step(ledger, given, positions)
         return kwargs
 
@@ -303,7 +312,7 @@ class Run:
             cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
             if cache is not None:
                 ledger = self._ledger or Ledger()
-                ledger.spans, ledger.offset = dict(self._decoder.spans), self._offset
+                ledger.spans, ledger.offset, ledger.memory = dict(self._decoder.spans), self._offset, []
                 ledger.bind(cache)
         self._offset, self._ledger = None, None
         self._decoder.end()

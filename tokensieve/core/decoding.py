@@ -1,0 +1,131 @@
+"""What single-token steps see of the cache, where a method lets later layers attend to a changing part of it.
+
+Nothing leaves the cache: entries that are not chosen are masked for one step and may return in the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.core.layer_attention import cached_keys, project, unreadable_cache
+from tokensieve.core.ledger import Ledger
+from tokensieve.core.method import Method
+from tokensieve.core.sample import HostFacts, StepSample
+from tokensieve.errors import MethodError
+from tokensieve.hosts.base import Host
+from tokensieve.ops.attention import query_attention
+
+
+class DecodingStage:
+    """Chooses the visible visual entries of every decoding step.
+
+    Parameters
+    ----------
+    host, layers, facts
+        The model.
+    methods
+        Methods of the run; at most one may select cache entries.
+    clock
+        Called with a stage name; returns a context manager that times it.
+
+    Raises
+    ------
+    MethodError
+        When several methods select cache entries.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        layers: Sequence[Any],
+        facts: HostFacts,
+        methods: Sequence[Method],
+        clock: Callable[[str], Any],
+    ) -> None:
+        self.host, self.layers, self.facts, self.clock = host, layers, facts, clock
+        acting = [(method, method.decoding_layer(facts)) for method in methods if method.retention < 1.0]
+        chosen = [(method, layer) for method, layer in acting if layer is not None]
+        if len(chosen) > 1:
+            names = " and ".join(method.name for method, _ in chosen)
+            raise MethodError(f"Only one method may select cache entries while decoding, not {names}.")
+        self.method: Method | None = chosen[0][0] if chosen else None
+        self.first = chosen[0][1] if chosen else len(layers)
+        self._ledger: Ledger | None = None
+        self._given: Tensor | None = None
+        self._hidden: list[Tensor] | None = None
+
+    def listen(self) -> list[Any]:
+        """A hook on the attention of the layer in front of those that see less."""
+        if self.method is None:
+            return []
+        return [self.layers[self.first - 1].self_attn.register_forward_hook(self._measure, with_kwargs=True)]
+
+    def begin(self, ledger: Ledger, given: Tensor | None, queries: int) -> bool:
+        """A pass without new visual tokens is about to run; tells whether it is a step that may see less.
+
+        Parameters
+        ----------
+        given : Tensor [B, total], optional
+            Padding mask in tokens of the full conversation.
+        queries
+            Tokens of the pass; several at once are a new turn, which sees everything and starts afresh.
+        """
+        self.end()
+        if self.method is None or queries > 1:
+            ledger.memory = []
+            return False
+        self._ledger, self._given = ledger, given
+        return True
+
+    def end(self) -> None:
+        """Forget the step."""
+        self._ledger = self._given = self._hidden = None
+
+    def hides(self, layer: int) -> bool:
+        """Whether a layer sees less than its cache holds in this step."""
+        return self._hidden is not None and layer >= self.first
+
+    def visible(self, mask: Tensor, numbers: Tensor) -> Tensor:
+        """The mask [B, K] of a layer's keys without what is hidden, by their visual numbers [B, K]."""
+        assert self._hidden is not None
+        gone = [torch.isin(numbers[row], hidden) for row, hidden in enumerate(self._hidden)]
+        return mask & ~torch.stack(gone)
+
+    def _measure(self, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        ledger = self._ledger
+        if ledger is None or self.method is None:
+            return
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        with torch.no_grad(), self.clock("compress"):
+            attention, mask, numbers = self._attention(ledger, module, hidden, kwargs)
+            if not ledger.memory:
+                ledger.memory = [{} for _ in range(hidden.shape[0])]
+            found = []
+            for row in range(hidden.shape[0]):
+                places = ((numbers[row] >= 0) & mask[row]).nonzero().flatten()
+                visible = None
+                if places.numel():
+                    seen = attention[row].index_select(0, places.to(attention.device))
+                    visible = self.method.plan_step(StepSample(seen, ledger.memory[row], self.facts))
+                found.append(numbers[row, places[:0] if visible is None else places[~visible.cpu()]])
+        self._hidden = found if any(gone.numel() for gone in found) else None
+
+    def _attention(
+        self, ledger: Ledger, module: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention of the token being decoded [B, K], mean over heads, padding mask and visual numbers [B, K]."""
+        cache, index = kwargs["past_key_values"], self.first - 1
+        physical = int(cache.layers[index].get_seq_length())
+        span = ledger.span(index)
+        mask, numbers = span.mask(physical, self._given), span.numbers(physical)
+        k = cached_keys(cache, index, physical)
+        if k is None:
+            raise unreadable_cache()
+        q = project(module, "q", hidden)
+        q, _ = self.host.decoder_rotary(module)(q, q, *kwargs["position_embeddings"])
+        attention = query_attention(q, k.to(q.device), mask[:, None].to(q.device), scale=module.scaling)
+        return attention.mean(1)[:, 0], mask, numbers
