@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from tokensieve.core.layout import ItemKind
 from tokensieve.core.method import Method
 from tokensieve.core.plan import Plan, keep_all, reading_order
 from tokensieve.core.sample import FrameSample, HostFacts, TokenSample
-from tokensieve.core.signals import SignalRequest
+from tokensieve.core.signals import SIGNALS, SignalRequest, unit_of
 from tokensieve.core.trace import ItemTrace, PrefillTrace
+from tokensieve.core.words import PromptWords
 from tokensieve.errors import HostError, MethodError
 from tokensieve.hosts.base import Host
 
@@ -175,8 +177,10 @@ class Planner:
         facts: HostFacts,
         methods: Sequence[Method],
         requests: Sequence[SignalRequest],
+        words: PromptWords | None = None,
     ) -> None:
         self.base, self.host, self.facts, self.requests = base, host, facts, requests
+        self.words = words
         self.token_method = next((m for m in methods if "tokens" in m.stages), None)
         self.decoder_methods = [m for m in methods if "decoder" in m.stages]
         frame_method = next((m for m in methods if "frames" in m.stages), None)
@@ -200,9 +204,12 @@ class Planner:
         signals = item.signals = self._signals(item)
         if tokens is not None:
             assert kept_views is not None
-            kept = torch.isin(layout.patch_view, kept_views)
-            signals = {key: value[kept.to(value.device)] for key, value in signals.items()}
-        sample = TokenSample(features, part, signals, self.facts, index=index)
+            kept = {"patch": torch.isin(layout.patch_view, kept_views), "view": kept_views}
+            signals = {key: value[kept[unit_of(key)].to(value.device)] for key, value in signals.items()}
+        if self.words is not None and self.token_method is not None and self.token_method.retention < 1.0:
+            signals = signals | self.words.row(item.row)
+        project = partial(self.host.project, self.base) if self.host.projects_patches else None
+        sample = TokenSample(features, part, signals, self.facts, index=index, project=project)
         if item.text is not None and item.text_before is not None:
             sample.text = embeds.index_select(0, item.text.to(embeds.device))
             sample.text_before = embeds.index_select(0, item.text_before.to(embeds.device))
@@ -254,10 +261,12 @@ class Planner:
             pooled = self._pooled(call, source, raw[source.units], request)
             if whole.fewer is not None:
                 assert whole.frames_kept is not None
-                spread = pooled.new_zeros(whole.layout.patches, *pooled.shape[1:])
-                spread[torch.isin(whole.layout.patch_view, whole.frames_kept).to(pooled.device)] = pooled
+                per_view = SIGNALS[request.name].unit == "view"
+                views = torch.arange(len(whole.layout.views)) if per_view else whole.layout.patch_view
+                spread = pooled.new_zeros(views.numel(), *pooled.shape[1:])
+                spread[torch.isin(views, whole.frames_kept).to(pooled.device)] = pooled
                 pooled = spread
-            if encoded.present is not None:
+            if encoded.present is not None and SIGNALS[request.name].unit != "view":
                 pooled = pooled[encoded.present.to(pooled.device)]
             signals[str(request)] = pooled
         return signals
@@ -272,10 +281,11 @@ class Planner:
 
     def _pooled(self, call: EncodeCall, item: EncodedItem, raw: Tensor, request: SignalRequest) -> Tensor:
         """A tower signal brought to the item's tokens, channel by channel where it has channels [n] or [n, d]."""
-        if request.name != "encoder.mean_key":
-            return self.host.pool(self.base, call, item, raw)
-        channels = [self.host.pool(self.base, call, item, channel) for channel in raw.unbind(-1)]
-        return torch.stack(channels, dim=-1)
+        signal = SIGNALS[request.name]
+        if signal.unit == "view":
+            return raw
+        pool = self.host.pool if signal.shape == "[n]" else self.host.pool_channels
+        return pool(self.base, call, item, raw)
 
 
 def _onto(plan: Plan, patches: int, tokens: Tensor, all_tokens: Tensor, part_tokens: Tensor) -> Plan:

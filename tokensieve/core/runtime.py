@@ -27,9 +27,11 @@ from tokensieve.core.prompt_state import Prompt
 from tokensieve.core.signals import SignalRequest
 from tokensieve.core.tap import EncoderTap
 from tokensieve.core.trace import Clock, PrefillTrace
+from tokensieve.core.words import PromptWords, pair_for, prompt_requests
 from tokensieve.errors import HostError, MethodError, SignalError
 from tokensieve.hosts.base import Host
 from tokensieve.measure.memory import PeakMemory
+from tokensieve.pairing.pair import TextPair
 
 if TYPE_CHECKING:
     from tokensieve.measure.report import Report
@@ -67,8 +69,10 @@ class Run:
         self.history: deque[PrefillTrace] = deque(maxlen=HISTORY)
         frame_method = next((m for m in self.methods if "frames" in m.stages), None)
         tower_method = next((m for m in self.methods if "encoder" in m.stages), None)
-        self._tap = EncoderTap(self.base, host, self.requests, frame_method, self.clock, tower_method)
-        self._planner = Planner(self.base, host, self.facts, self.methods, self.requests)
+        pair = pair_for(self.base, host, self.methods, self.facts)
+        self._words = self._prompt_words(pair)
+        self._tap = EncoderTap(self.base, host, self.requests, frame_method, self.clock, tower_method, pair)
+        self._planner = Planner(self.base, host, self.facts, self.methods, self.requests, self._words)
         deciding = [m for m in self.methods if {"frames", "tokens"} & set(m.stages)]
         self.positions = deciding[0].position_policy if deciding and self.facts.position_axes == 1 else "original"
         decoder_methods = [m for m in self.methods if "decoder" in m.stages]
@@ -81,6 +85,12 @@ class Run:
         self._compaction: Compaction | None = None
         self._ledger: Ledger | None = None
         self._offset: Tensor | None = None
+
+    def _prompt_words(self, pair: TextPair | None) -> PromptWords | None:
+        """Reader of the prompts for the method in front of the LLM, where it asks for their words."""
+        asking = next((m for m in self.methods if "tokens" in m.stages), None)
+        requests = prompt_requests(asking, self.facts) if asking is not None else []
+        return PromptWords(self.model, self.base, self.host, asking, requests, pair) if requests else None
 
     # -- attaching -------------------------------------------------------------------------------------------
 
@@ -175,6 +185,8 @@ class Run:
                 )
             items = locate(self.base, self.host, calls, self._ids.cpu(), self._arguments)
         if items:
+            if self._words is not None and self._ids is not None:
+                self._words.begin(self._ids)
             kwargs = self._compress(items, kwargs, cache, ledger)
         elif ledger is not None:
             kwargs = self._continue(kwargs, cache, ledger)
@@ -389,7 +401,7 @@ def tower_requests(base: nn.Module, host: Host, methods: Sequence[Method], facts
     for method in methods:
         for text in method.signals(facts):
             request = SignalRequest.parse(text)
-            if host.availability(request.name, base) == "absent":
+            if host.availability(request.name, base, getattr(method, "text_tower", None)) == "absent":
                 from tokensieve.core.registry import fitting_methods
 
                 raise SignalError(

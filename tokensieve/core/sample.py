@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokensieve.core.cuts import Cut
 from tokensieve.core.layout import Layout
+from tokensieve.core.signals import unit_of
 from tokensieve.errors import MethodError
 
 
@@ -38,6 +39,10 @@ class HostFacts:
         Whether every patch of the tower becomes one token of the LLM, without pooling.
     tiled_images
         Whether an image may be several pictures (a base picture and tiles).
+    tower_pair
+        Kind of the contrastive pair that the vision tower is half of (``"clip"``, ``"siglip"``), empty for others.
+    text_tower
+        Where its other half is known to be, if it is (see `tokensieve.pairing`).
     """
 
     family: str
@@ -50,6 +55,8 @@ class HostFacts:
     window_attention: bool = False
     patch_tokens: bool = False
     tiled_images: bool = False
+    tower_pair: str = ""
+    text_tower: str | None = None
 
 
 @dataclass
@@ -81,6 +88,8 @@ class TokenSample:
     text, text_before : Tensor [T, D], optional
         Input embeddings of the text between this visual item and the next one (or the end of the prompt), and between
         the item before (or the beginning) and this one.
+    project
+        The host's projector, from tower states [m, C] to tokens [m, D], where it takes patch by patch.
     """
 
     features: Tensor
@@ -92,6 +101,7 @@ class TokenSample:
     generator: torch.Generator | None = None
     text: Tensor | None = None
     text_before: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
 
     @property
     def frames(self) -> int:
@@ -117,7 +127,11 @@ class TokenSample:
         start = int(self.layout.patches_per_view[:index].sum())
         part = slice(start, start + layout.patches)
         total = self.layout.patches
-        signals = {k: v[part] if v.shape[:1] == (total,) else v for k, v in self.signals.items()}
+        signals = {}
+        for key, value in self.signals.items():
+            unit = unit_of(key)
+            whole = unit == "prompt" or (unit == "patch" and value.shape[:1] != (total,))
+            signals[key] = value if whole else value[slice(index, index + 1) if unit == "view" else part]
         budget = None if self.budget is None else self.budget[index : index + 1]
         return replace(self, features=self.features[part], layout=layout, signals=signals, budget=budget)
 

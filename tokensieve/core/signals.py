@@ -11,16 +11,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 Availability = Literal["native", "recomputed", "extra pass", "absent"]
+Unit = Literal["patch", "view", "prompt"]
 
 
 @dataclass(frozen=True)
 class Signal:
-    """A named quantity: what it is, its shape, and the stage at which it exists."""
+    """A named quantity: what it is, its shape, the stage at which it exists, and what there is one of it for.
+
+    Signals of a pair of towers exist on towers of the kinds in ``pair`` (see `tokensieve.pairing`).
+    """
 
     name: str
     stage: str
     shape: str
     meaning: str
+    unit: Unit = "patch"
+    pair: tuple[str, ...] = ()
 
 
 SIGNALS: dict[str, Signal] = {
@@ -77,6 +83,112 @@ SIGNALS: dict[str, Signal] = {
             "encoder",
             "[n]",
             "Softmax over a picture of the entropy of the grey values of its patches, pooled like the features.",
+        ),
+        Signal(
+            "encoder.joined_keys",
+            "encoder",
+            "[n, C]",
+            "Output of the key projection of one tower layer with a class token, heads not split, pooled like the "
+            "features.",
+        ),
+        Signal(
+            "encoder.joined_class_attention",
+            "encoder",
+            "[n]",
+            "Attention of the class token to a patch in one tower layer as if it had a single head, pooled like the "
+            "features.",
+        ),
+        Signal(
+            "encoder.mean_query_attention",
+            "encoder",
+            "[n]",
+            "Attention of the mean query of a frame to the mean keys of the patches behind each token, in one layer of "
+            "a tower that merges patches, mean over heads.",
+        ),
+        Signal(
+            "encoder.states",
+            "encoder",
+            "[n, C]",
+            "Output of one tower layer in front of norm and projector, pooled like the features.",
+        ),
+        Signal(
+            "encoder.aligned",
+            "encoder",
+            "[n, P]",
+            "Output of one tower layer in the space that the tower shares with its text tower, not normalised, pooled "
+            "like the features.",
+            pair=("clip", "siglip"),
+        ),
+        Signal(
+            "encoder.projected",
+            "encoder",
+            "[n, P]",
+            "Output of one tower layer behind CLIP's visual projection without the norm in front of it, pooled like "
+            "the features.",
+            pair=("clip",),
+        ),
+        Signal(
+            "encoder.head_attention",
+            "encoder",
+            "[n]",
+            "Attention of the probe of SigLIP's pooling head to a patch of one tower layer, mean over heads, pooled "
+            "like the features.",
+            pair=("siglip",),
+        ),
+        Signal(
+            "encoder.head_vector",
+            "encoder",
+            "[F, C]",
+            "What SigLIP's pooling head makes of each frame, from the output of one tower layer.",
+            unit="view",
+            pair=("siglip",),
+        ),
+        Signal(
+            "prompt.question_embedding",
+            "tokens",
+            "[P]",
+            "Question of the prompt in the space that tower and text tower share, cut to the context of the text "
+            "tower; not normalised.",
+            unit="prompt",
+            pair=("clip", "siglip"),
+        ),
+        Signal(
+            "prompt.question_segments",
+            "tokens",
+            "[M, P]",
+            "The same of every segment of a question that may be longer than the context of the text tower.",
+            unit="prompt",
+            pair=("clip", "siglip"),
+        ),
+        Signal(
+            "prompt.question_last_state",
+            "tokens",
+            "[P]",
+            "Projected state of CLIP's text tower at the last position of the padded first line of the question.",
+            unit="prompt",
+            pair=("clip",),
+        ),
+        Signal(
+            "prompt.similarity_scale",
+            "tokens",
+            "[]",
+            "Inverse temperature that the pair of towers multiplies its cosines with.",
+            unit="prompt",
+            pair=("clip", "siglip"),
+        ),
+        Signal(
+            "prompt.question_words",
+            "tokens",
+            "[T, D]",
+            "Input embeddings of the LLM for the tokens of the question.",
+            unit="prompt",
+        ),
+        Signal(
+            "prompt.newline",
+            "tokens",
+            "[D]",
+            "Input embedding of the LLM for a line break.",
+            unit="prompt",
         ),
         Signal(
             "encoder.groups",
@@ -203,3 +315,9 @@ class SignalRequest:
     def __str__(self) -> str:
         text = self.name if self.layer is None else f"{self.name}@{self.layer}"
         return text if self.parameter is None else f"{text}:{self.parameter!r}"
+
+
+def unit_of(request: str, default: Unit = "patch") -> Unit:
+    """What a signal has one entry for, by the text of its request."""
+    signal = SIGNALS.get(SignalRequest.parse(request).name)
+    return default if signal is None else signal.unit

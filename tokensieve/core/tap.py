@@ -15,9 +15,11 @@ from tokensieve.core.layout import ItemKind
 from tokensieve.core.method import Method
 from tokensieve.core.sample import FrameSample
 from tokensieve.core.signals import SignalRequest
+from tokensieve.core.states import STATE_SIGNALS, listen_states
 from tokensieve.core.tower_stage import GROUPS, TowerStage
 from tokensieve.errors import MethodError
 from tokensieve.hosts.base import Host
+from tokensieve.pairing.pair import TextPair
 
 _CALL = "tokensieve_call"
 
@@ -39,6 +41,8 @@ class EncoderTap:
         Called with a stage name; returns a context manager that times it.
     tower_method
         Method that shortens sequences inside the tower, if any.
+    pair
+        Text tower of the vision tower, for signals in the space that both share.
 
     Raises
     ------
@@ -54,8 +58,9 @@ class EncoderTap:
         frame_method: Method | None,
         clock: Callable[[str], Any],
         tower_method: Method | None = None,
+        pair: TextPair | None = None,
     ) -> None:
-        self.base, self.host = base, host
+        self.base, self.host, self.pair = base, host, pair
         self.requests = requests
         self.frame_method = frame_method
         self.clock = clock
@@ -82,12 +87,19 @@ class EncoderTap:
         tower = self.host.tower(self.base)
         if self._tower is not None:
             self._tower.attach()
+        module = self.host.tower_module(self.base)
+        states: dict[int, list[tuple[str, str]]] = {}
         for request in self.requests:
             if request.name == GROUPS:
                 continue
             layer = self.host.resolve_layer(self.base, request)
-            module = self.host.tower_module(self.base)
+            if request.name in STATE_SIGNALS:
+                states.setdefault(layer, []).append((request.name, str(request)))
+                continue
             self._handles += tower.listen(module, request.name, layer, self._collect, str(request), request.parameter)
+
+        for layer, wanted in states.items():
+            self._handles.append(listen_states(module, tower, layer, wanted, self.pair, self._collect))
 
     def detach(self) -> None:
         """Remove everything that `attach` installed."""

@@ -15,6 +15,15 @@ from tokensieve.core.sample import HostFacts
 from tokensieve.core.signals import SIGNALS, Availability, SignalRequest
 from tokensieve.errors import HostError, SignalError
 from tokensieve.hosts.towers import PictureTower
+from tokensieve.pairing.geometry import VisionGeometry, find_source
+
+_CLASS_TOKEN_SIGNALS = (
+    "encoder.class_attention",
+    "encoder.patch_attention",
+    "encoder.given_attention",
+    "encoder.joined_keys",
+    "encoder.joined_class_attention",
+)
 
 
 class Host:
@@ -22,7 +31,9 @@ class Host:
 
     ``ragged_frames`` says, where the family's own processor leaves tokens out, how to get whole frames;
     ``drops_frames`` whether frames can be left out before they are encoded; ``patch_tokens`` whether every patch of
-    the tower is one token of the LLM; ``tiled_images`` whether an image may be several pictures.
+    the tower is one token of the LLM; ``projects_patches`` whether the projector takes patch by patch;
+    ``merges_patches`` whether the tower itself joins neighbouring patches; ``tiled_images`` whether an image may be
+    several pictures.
 
     The paths are relative to the base model (``model.model`` of a ``...ForConditionalGeneration``), which runs
     the encoder, scatters its features over the placeholders and calls the language model.
@@ -42,6 +53,8 @@ class Host:
     ragged_frames: ClassVar[str] = ""
     absent: ClassVar[Mapping[str, str]] = {}
     patch_tokens: ClassVar[bool] = False
+    projects_patches: ClassVar[bool] = False
+    merges_patches: ClassVar[bool] = False
     tiled_images: ClassVar[bool] = False
 
     def tower(self, base: Any) -> PictureTower:
@@ -76,7 +89,19 @@ class Host:
             window_attention=self.window_attention,
             patch_tokens=self.patch_tokens,
             tiled_images=self.tiled_images,
+            tower_pair=self.tower_pair(base),
+            text_tower=self.text_tower(base),
         )
+
+    def tower_pair(self, base: Any) -> str:
+        """Kind of the contrastive pair that the tower is half of, empty where it is none or takes packed patches."""
+        geometry = VisionGeometry.of(base.config.vision_config)
+        return "" if geometry is None or self.tower(base).packed else geometry.kind
+
+    def text_tower(self, base: Any) -> str | None:
+        """Where the text half of that pair is known to be."""
+        source = find_source(base.config.vision_config) if self.tower_pair(base) else None
+        return None if source is None else source.location
 
     def feature_layer(self, base: Any) -> int:
         """Index from zero of the tower layer whose output is projected."""
@@ -89,13 +114,26 @@ class Host:
         """Number of first decoder layers that receive extra visual features."""
         return 0
 
-    def availability(self, name: str, base: Any) -> Availability:
-        """Whether a signal is native, recomputed, an extra pass, or absent."""
+    def availability(self, name: str, base: Any, text_tower: Any = None) -> Availability:
+        """Whether a signal is native, recomputed, an extra pass, or absent.
+
+        Parameters
+        ----------
+        text_tower
+            What the user named as the text half of the tower's pair; None counts on what is known.
+        """
         if name in self.absent:
             return "absent"
-        if name in ("encoder.class_attention", "encoder.patch_attention", "encoder.given_attention"):
+        if name in _CLASS_TOKEN_SIGNALS:
             return "recomputed" if self.tower(base).class_token else "absent"
         if name not in SIGNALS:
+            return "absent"
+        if SIGNALS[name].pair:
+            known = text_tower is not None or self.text_tower(base) is not None
+            return "extra pass" if known and self.tower_pair(base) in SIGNALS[name].pair else "absent"
+        if name == "encoder.states" and not self.projects_patches:
+            return "absent"
+        if name == "encoder.mean_query_attention" and not self.merges_patches:
             return "absent"
         if name.startswith("tower.") and not self._open_tower(base):
             return "absent"
@@ -105,7 +143,7 @@ class Host:
             return "absent"
         if name == "encoder.groups" and not (self.patch_tokens and self._open_tower(base)):
             return "absent"
-        native = ("tokens.features", "decoder.hidden_states", "frames.count")
+        native = ("tokens.features", "encoder.states", "decoder.hidden_states", "frames.count", "prompt.newline")
         return "native" if name in native else "recomputed"
 
     def why_absent(self, name: str) -> str:
@@ -113,6 +151,18 @@ class Host:
         if name in self.absent:
             return self.absent[name]
         if name in ("encoder.class_attention", "tower.class_token"):
+            return "its vision tower has no class token"
+        if name in SIGNALS and SIGNALS[name].pair:
+            kinds = " or ".join({"clip": "CLIP", "siglip": "SigLIP"}[kind] for kind in SIGNALS[name].pair)
+            return (
+                f"its vision tower is no {kinds} tower of which the text half is known (name that as text_tower if it "
+                "is one)"
+            )
+        if name == "encoder.states":
+            return "its projector does not take patch by patch"
+        if name == "encoder.mean_query_attention":
+            return "its vision tower merges no patches"
+        if name.startswith("encoder.joined_"):
             return "its vision tower has no class token"
         if name == "encoder.pixel_entropy":
             return "its tower takes packed patches instead of pictures"
@@ -166,6 +216,14 @@ class Host:
     def pool(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
         """A raw tower signal of one item, brought to its tokens as the features are [patches]."""
         raise HostError(f"{self.slug} cannot bring tower signals to its tokens.")
+
+    def pool_channels(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
+        """A raw tower signal of one item with channels in its last axis, as `pool` does with each [patches, C]."""
+        return torch.stack([self.pool(base, call, item, channel) for channel in raw.unbind(-1)], dim=-1)
+
+    def project(self, base: Any, states: Tensor) -> Tensor:
+        """Tower states [m, C] through the projector [m, D], where it takes patch by patch."""
+        raise SignalError(f"The projector of {self.slug} does not take patch by patch.")
 
     def with_frames(self, base: Any, call: EncodeCall, keeps: Sequence[Tensor]) -> dict[str, Any]:
         """Arguments of the encoder call with only some frames of every video."""

@@ -20,6 +20,7 @@ class _LlavaHost(Host):
     """What the families share: a picture tower, a square patch grid, videos as stacked frames."""
 
     video_separators: ClassVar[Separators] = "none"
+    projects_patches = True
 
     def side(self, base: Any) -> int:
         """Patches along one side of a picture."""
@@ -59,6 +60,20 @@ class _LlavaHost(Host):
         """Frames are pooled like the features; pictures map one to one."""
         return (self.pool_frames(base, raw) if call.modality == "video" else raw).flatten()
 
+    def pool_channels(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
+        """All channels at once, each as a picture of its own."""
+        if call.modality != "video":
+            return raw.flatten(0, 1)
+        pooled = self.pool_frames(base, raw.transpose(1, 2).flatten(0, 1))
+        return pooled.unflatten(0, (raw.shape[0], -1)).transpose(1, 2).flatten(0, 1)
+
+    def project(self, base: Any, states: Tensor) -> Tensor:
+        """Through the projector, in its dtype."""
+        projector = base.multi_modal_projector
+        with torch.no_grad():
+            tokens: Tensor = projector(states.to(next(projector.parameters()).dtype))
+        return tokens
+
     def with_frames(self, base: Any, call: EncodeCall, keeps: Sequence[Tensor]) -> dict[str, Any]:
         """Fewer frames in ``pixel_values_videos``; all videos of a call have equally many."""
         pixels = call.arguments[call.pixel_key]
@@ -88,6 +103,15 @@ class _AnyResolutionHost(_LlavaHost):
         size = as_list(call.arguments["image_sizes"])[index]
         packed = self._pack(base, raw.unsqueeze(-1).float(), size, call, separator=0.0)
         return packed[item.layout.patch_tokens.to(packed.device), 0]
+
+    def pool_channels(self, base: Any, call: EncodeCall, item: EncodedItem, raw: Tensor) -> Tensor:
+        """All channels at once, through the same packing."""
+        if call.modality == "video":
+            return super().pool_channels(base, call, item, raw)
+        index = next(i for i, other in enumerate(call.items) if other is item)
+        size = as_list(call.arguments["image_sizes"])[index]
+        packed = self._pack(base, raw.float(), size, call, separator=0.0)
+        return packed[item.layout.patch_tokens.to(packed.device)]
 
     def _tiles(self, base: Any, call: EncodeCall) -> list[int]:
         """Number of pictures that each image was cut into, the base picture included."""

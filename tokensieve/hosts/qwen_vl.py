@@ -69,6 +69,11 @@ class _QwenVL(_PackedHost):
     """Three position axes on the language side."""
 
     position_axes = 3
+    merges_patches = True
+
+    def tower(self, base: Any) -> PackedTower:
+        """Blocks with fused projections; the merger joins squares of patches that follow each other."""
+        return PackedTower("blocks", "attn", group=self.tower_module(base).spatial_merge_size ** 2)
 
 
 @register

@@ -135,6 +135,11 @@ class PictureTower:
         if name == "encoder.mean_key":
             keys = qk.k.float().mean(dim=1)
             return keys[:, 1:] if self.class_token else keys
+        if name == "encoder.joined_keys":
+            return qk.k[:, :, 1:].transpose(1, 2).flatten(2)
+        if name == "encoder.joined_class_attention":
+            q, k = (x.float().transpose(1, 2).flatten(2) for x in (qk.q[:, :, :1], qk.k))
+            return (q @ k.transpose(1, 2) * k.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
         if name == "encoder.given_attention":
             return given_attention(qk.q, qk.k, scale=qk.scale)[:, 1:]
         if name == "encoder.patch_attention":
@@ -187,6 +192,10 @@ class PackedTower(PictureTower):
 
     packed = True
 
+    def __init__(self, layers: str, attention: str = "self_attn", group: int = 1) -> None:
+        super().__init__(layers, attention)
+        self.group = group
+
     def projections(self, attention: Any) -> dict[str, nn.Module]:
         """A fused projection where there is one, separate ones otherwise."""
         fused = getattr(attention, "qkv", None)
@@ -211,7 +220,24 @@ class PackedTower(PictureTower):
             return qk.k.float().mean(dim=1)[0]
         if name == FOCUSED:
             return self._focused(qk, parameter or 0.0)
+        if name == "encoder.mean_query_attention":
+            return self._mean_query(qk)
         return received_attention(qk.q, qk.k, scale=qk.scale, segments=qk.segments, reduce_queries="sum")[0]
+
+    def _mean_query(self, qk: QueriesKeys) -> Tensor:
+        """Attention of a block's mean query to the mean keys of its groups, on every patch of a group [n].
+
+        Times the patches of the block, as sums over its queries are.
+        """
+        bounds = [0, qk.k.shape[2]] if qk.segments is None else qk.segments.tolist()
+        parts = []
+        for a, b in itertools.pairwise(bounds):
+            if b > a:
+                q = qk.q[0, :, a:b].float().mean(1, keepdim=True)
+                k = qk.k[0, :, a:b].float().unflatten(1, (-1, self.group)).mean(2)
+                attention = (q @ k.transpose(1, 2) * qk.scale).softmax(-1).mean((0, 1))
+                parts.append(attention.repeat_interleave(self.group) * (b - a))
+        return torch.cat(parts)
 
     @staticmethod
     def _focused(qk: QueriesKeys, threshold: float) -> Tensor:
