@@ -284,6 +284,39 @@ SIGNALS: dict[str, Signal] = {
             "States in front of the cut behind the final norm, of the visual tokens and of the text behind them.",
         ),
         Signal(
+            "decoder.earlier_last_query_attention",
+            "decoder",
+            "[n]",
+            "Attention of the last prompt token to a visual token two layers before the cut, mean over heads.",
+        ),
+        Signal(
+            "decoder.attention_walk",
+            "decoder",
+            "[n]",
+            "Where a random walk on the sharpened attention of the layer before the cut ends up, root mean square over "
+            "heads; all rows are recomputed, one head at a time.",
+        ),
+        Signal(
+            "decoder.attention_shares",
+            "decoder",
+            "[2]",
+            "Part of the attention of the text behind the first visual token that goes to visual tokens, and of these "
+            "that goes to that text, in the layer before the cut, mean over heads.",
+        ),
+        Signal(
+            "decoder.states",
+            "decoder",
+            "[n + T, D]",
+            "States at the cut of the visual tokens and of the text behind them; input embeddings in front of the "
+            "first layer.",
+        ),
+        Signal(
+            "decoder.text_states",
+            "decoder",
+            "[T, D]",
+            "States at the cut of all text tokens of the row.",
+        ),
+        Signal(
             "decoder.hidden_states",
             "decoder",
             "[n, D]",
