@@ -1,14 +1,19 @@
-"""CDPruner's functions: relevance, its variants, and what a determinant promises about the choice."""
+"""CDPruner: relevance, its variants, what a determinant promises about the choice, and the method on models."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from tokensieve.errors import MethodError
+import tokensieve
+from tokensieve.core.registry import build
+from tokensieve.errors import MethodError, SignalError
+from tokensieve.hosts import tiny
 from tokensieve.methods import cdpruner
+from tokensieve.pairing import load_pair
 
 
 def _tokens(batch: int = 2, tokens: int = 30, dim: int = 24, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,3 +126,101 @@ def test_bad_arguments() -> None:
         cdpruner.normalise_relevance(relevance, "video")  # type: ignore[arg-type]
     with pytest.raises(MethodError, match=r"weight is 1\.5"):
         cdpruner.weigh_relevance(relevance, 1.5)
+
+
+# -- the method on models ------------------------------------------------------------------------------------
+
+
+def _plan(model: Any, inputs: Any, **options: Any) -> Any:
+    with torch.no_grad(), tokensieve.compress(model, "cdpruner", **options) as run:
+        model(**inputs)
+    return run.history[-1].items
+
+
+def test_relevance_follows_the_host(tiny_host: Any) -> None:
+    """The pair where it is given, the words of the question elsewhere, always named in the plan."""
+    for family in ("llava", "llava_next_video", "llava_onevision"):
+        model, processor = tiny_host(family)
+        inputs = tiny.example_inputs(family, processor)
+        pair = load_pair(*tiny.pair_of(model))
+        assert _plan(model, inputs)[0].info["relevance"] == "words"
+        assert _plan(model, inputs, text_tower=pair)[0].info["relevance"] == "pair"
+        assert _plan(model, inputs, relevance="none")[0].info["relevance"] == "none"
+    with pytest.raises(SignalError, match="no CLIP or SigLIP tower"):
+        tokensieve.compress(model, "cdpruner", relevance="pair")
+
+
+def test_by_hand_with_a_clip_pair(tiny_host: Any) -> None:
+    """Patches of the feature layer through norm and projection, against the question, min-max over all frames."""
+    model, processor = tiny_host("llava")
+    inputs = tiny.example_inputs("llava", processor)
+    pair = load_pair(*tiny.pair_of(model))
+    (item,) = _plan(model, inputs, text_tower=pair, retention=0.2)
+    base = model.base_model
+    with torch.no_grad():
+        states = base.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+        features = base.multi_modal_projector(states)
+    image = pair.align(states)
+    text = pair.embed_segments("What happens in the video?")
+    relevance = cdpruner.relevance_to_question(image, text)
+    keep, _ = cdpruner.select_conditional(features, round(64 * 0.2), relevance)
+    assert torch.equal(item.keep, keep[0])
+    assert torch.allclose(item.info["question_relevance"], relevance[0], atol=1e-5)
+
+
+def test_the_question_decides(tiny_host: Any) -> None:
+    """Other questions keep other tokens, with a pair and with words; a batch gives each row its own."""
+    for family in ("llava_next_video", "qwen2_5_vl"):
+        model, processor = tiny_host(family)
+        options = {"text_tower": load_pair(*tiny.pair_of(model))} if family.startswith("llava") else {}
+        inputs = tiny.example_inputs(family, processor)
+        first, second = (
+            _plan(model, inputs, question=text, retention=0.2, **options)[0].keep
+            for text in ("Where is the dog?", "How many people cross the road in the rain?")
+        )
+        assert first.numel() == second.numel()
+        assert not torch.equal(first, second)
+        batch = _plan(model, tiny.example_inputs(family, processor, batch=2), retention=0.2, **options)
+        for row, item in enumerate(batch):
+            (alone,) = _plan(model, tiny.example_inputs(family, processor, batch=2, row=row), retention=0.2, **options)
+            assert torch.equal(item.keep, alone.keep)
+
+
+def test_scopes_and_budgets(tiny_host: Any) -> None:
+    model, processor = tiny_host("llava_next_video")
+    inputs = tiny.example_inputs("llava_next_video", processor)
+    (item,) = _plan(model, inputs, retention=0.3)
+    views = item.layout.patch_view[item.keep]
+    assert torch.bincount(views).tolist() == [round(16 * 0.3)] * 4
+    (whole,) = _plan(model, inputs, retention=0.3, scope="video")
+    assert whole.keep.numel() == round(64 * 0.3)
+    (budgeted,) = _plan(model, inputs, retention=0.3, budget="vidcom2")
+    counts = torch.bincount(budgeted.layout.patch_view[budgeted.keep], minlength=4)
+    assert int(counts.sum()) == budgeted.keep.numel()
+
+
+def test_any_resolution_images(tiny_host: Any) -> None:
+    model, processor = tiny_host("llava_next")
+    inputs = tiny.example_inputs("llava_next", processor)
+    pair = load_pair(*tiny.pair_of(model))
+    (item,) = _plan(model, inputs, retention=0.25, text_tower=pair)
+    sizes = item.layout.patches_per_view.tolist()
+    assert len(set(sizes)) == 2
+    counts = torch.bincount(item.layout.patch_view[item.keep]).tolist()
+    assert counts == [round(n * 0.25) for n in sizes]
+    assert build("cdpruner", {"retention": 0.25}).token_count(item.layout) == sum(counts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"relevance": "clip"}, "relevance must be one of"),
+        ({"scope": "tile"}, "scope must be one of"),
+        ({"relevance_norm": "video"}, "'video' is unknown"),
+        ({"weight": 1.5}, "weight is 1"),
+        ({"question": ""}, "question is ''"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        build("cdpruner", options)

@@ -3,25 +3,36 @@
 Based on "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs" (arXiv
 2506.10967, NeurIPS 2025). Tokens of a picture form a determinantal point process whose kernel is their cosine
 similarity, scaled by the relevance of each token to the question; a greedy choice maximises the determinant.
-
-The functions take embeddings of the question, which the runtime does not hand to methods, so there is no
-registered method of this name.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tokensieve.core.guided import GuidedMethod
+from tokensieve.core.layout import Layout
+from tokensieve.core.method import Stage
+from tokensieve.core.plan import Plan
+from tokensieve.core.registry import register
+from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError
+from tokensieve.ops.allocate import keep_count
 from tokensieve.ops.determinant import greedy_determinant
 from tokensieve.ops.similarity import as_float32, unit_vectors
 
 RELEVANCE_EPSILON = 1e-6
 TEXT_LENGTH = 77
+ALIGNED = "encoder.aligned@feature"
+SEGMENTS = "prompt.question_segments"
+WORDS = "prompt.question_words"
 Norm = Literal["joint", "frame"]
+Relevance = Literal["auto", "pair", "words", "none"]
+Scope = Literal["frame", "video"]
 
 
 def text_segments(ids: Tensor, length: int = TEXT_LENGTH) -> Tensor:
@@ -187,3 +198,127 @@ def select_conditional(features: Tensor, count: int, relevance: Tensor | None = 
     quality = None if relevance is None else as_float32(relevance)
     order, _ = greedy_determinant(features, count, quality)
     return order.sort(dim=1).values, order
+
+
+@register
+@dataclass
+class CDPruner(GuidedMethod):
+    """CDPruner: in every frame (or picture) the tokens that are most diverse and most relevant together.
+
+    Parameters
+    ----------
+    relevance
+        Where the relevance of a token comes from. ``"pair"`` compares patches and question in the space of the CLIP
+        model that the tower was taken from (the published method). ``"words"`` compares tokens with the LLM's input
+        embeddings of the question, as a second implementation does on hosts without text tower. ``"none"`` chooses
+        for diversity alone. ``"auto"`` is ``"pair"`` on CLIP towers of a known pair and wherever ``text_tower`` is
+        given, ``"words"`` elsewhere; the plan's information names what was used.
+    scope
+        ``"frame"`` gives every frame its own set of ``round(N * retention)`` tokens, ``"video"`` chooses from all
+        frames at once.
+    relevance_norm
+        Smallest and largest relevance over all frames (``"joint"``, released code) or of each frame; None takes
+        ``"joint"`` for a pair and ``"frame"`` for words.
+    weight
+        See `weigh_relevance`.
+    negative
+        Whether likeness to the question counts against a token; None is yes for CLIP alone.
+    question, text_tower, tokenizer
+        See `GuidedMethod`.
+    """
+
+    relevance: Relevance = "auto"
+    scope: Scope = "frame"
+    relevance_norm: Norm | None = None
+    weight: float = 1.0
+    negative: bool | None = None
+
+    name: ClassVar[str] = "cdpruner"
+    title: ClassVar[str] = "CDPruner"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
+    venue: ClassVar[str] = "NeurIPS 2025"
+    code: ClassVar[str] = "https://github.com/Theia-4869/CDPruner"
+    stages: ClassVar[tuple[Stage, ...]] = ("tokens",)
+    accepts_budget: ClassVar[bool] = True
+    fidelity_note: ClassVar[str] = (
+        "exact with CLIP towers of a known pair; elsewhere relevance is that of a second implementation (the LLM's "
+        "embeddings of the question), and the tiles of an any-resolution image form one set"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, known in (("relevance", Relevance), ("scope", Scope)):
+            if getattr(self, option) not in get_args(known):
+                raise MethodError(
+                    f"{option} must be one of {', '.join(get_args(known))}, not {getattr(self, option)!r}."
+                )
+        if self.relevance_norm is not None and self.relevance_norm not in get_args(Norm):
+            raise MethodError(f"relevance norm '{self.relevance_norm}' is unknown; use 'joint' or 'frame'.")
+        weigh_relevance(torch.ones(1, 1), self.weight)
+
+    def source(self, facts: HostFacts | None) -> Relevance:
+        """What relevance is made of on a host."""
+        if self.relevance != "auto":
+            return self.relevance
+        clip = facts is not None and facts.tower_pair == "clip" and facts.text_tower is not None
+        return "pair" if clip or self.text_tower is not None else "words"
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Patches and question in the space of a pair, the words of the question, or nothing."""
+        wanted: dict[Relevance, tuple[str, ...]] = {"pair": (ALIGNED, SEGMENTS), "words": (WORDS,)}
+        return wanted.get(self.source(facts), ())
+
+    def token_count(self, layout: Layout) -> int | None:
+        """A fixed number per frame."""
+        if self.budget is not None or self.scope == "video":
+            return super().token_count(layout)
+        return sum(keep_count(n, self.retention) for n in layout.patches_per_view.tolist() if n)
+
+    def plan_tokens(self, sample: TokenSample) -> Plan:
+        """One set per frame, or one for the video."""
+        source = self.source(sample.facts)
+        quality = self._quality(sample, source)
+        sizes = [n for n in sample.layout.patches_per_view.tolist() if n]
+        if self.scope == "video" and sample.budget is None:
+            sizes = [sample.layout.patches]
+        counts = [keep_count(n, self.retention) for n in sizes]
+        if sample.budget is not None:
+            given = sample.budget[sample.layout.patches_per_view.to(sample.budget.device) > 0].tolist()
+            counts = [min(n, int(count)) for n, count in zip(sizes, given, strict=True)]
+        keep = self._choose(sample.features, quality, sizes, counts)
+        info = {"relevance": source} | ({} if quality is None else {"question_relevance": quality})
+        return Plan(keep, positions=self.position_policy, info=info)
+
+    def _quality(self, sample: TokenSample, source: Relevance) -> Tensor | None:
+        """Relevance of every patch [n], min-max over the item or over each of its views."""
+        if source == "none":
+            return None
+        clip = sample.facts is None or sample.facts.tower_pair == "clip"
+        negative = (source == "pair" and clip) if self.negative is None else self.negative
+        if source == "pair":
+            tokens, text = sample.signal(ALIGNED), sample.signal(SEGMENTS)
+        else:
+            tokens, text = sample.features, sample.signal(WORDS)
+        found = question_similarity(tokens.unsqueeze(0), text.to(tokens.device), negative)
+        norm = self.relevance_norm or ("joint" if source == "pair" else "frame")
+        whole = norm == "joint" or self.scope == "video"
+        parts = [found] if whole else found.split(sample.layout.patches_per_view.tolist(), dim=1)
+        normed = [normalise_relevance(part) for part in parts if part.shape[1]]
+        return weigh_relevance(torch.cat(normed, dim=1), self.weight)[0]
+
+    @staticmethod
+    def _choose(features: Tensor, quality: Tensor | None, sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Ascending ids of the choice from sets that follow each other; equal sets are chosen from at once."""
+        if len(set(sizes)) == 1 and len(set(counts)) == 1:
+            rows = None if quality is None else quality.view(len(sizes), -1)
+            keep, _ = select_conditional(features.view(len(sizes), sizes[0], -1), counts[0], rows)
+            starts = torch.arange(len(sizes), device=keep.device).unsqueeze(1) * sizes[0]
+            return (keep + starts).flatten()
+        kept, start = [], 0
+        for size, count in zip(sizes, counts, strict=True):
+            part = slice(start, start + size)
+            if count:
+                row = None if quality is None else quality[None, part]
+                kept.append(select_conditional(features[None, part], count, row)[0][0] + start)
+            start += size
+        return torch.cat(kept)
