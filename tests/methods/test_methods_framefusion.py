@@ -68,7 +68,7 @@ def test_noise_is_pruned_behind_the_first_attention() -> None:
     first = _call(method, states, cells, memory, Cut(0))
     assert first.keep.numel() == 480 and memory == {"sparsity": [0.0], "merged": True, "pruned": False}
     second = _call(method, states, cells, memory, Cut(0, "feed"))
-    assert second.keep.numel() == round(480 * (1 - sparsity_left([0.0], 0.3, 28)))
+    assert second.keep.numel() == round(480 * (28 * 0.3 - 1) / 27)
 
 
 def test_average_share_is_the_cost() -> None:

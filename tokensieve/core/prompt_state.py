@@ -82,11 +82,10 @@ class Prompt:
         """Positions of the visual patch tokens of a row, on demand with the separators of grid rows among them."""
         chosen = self.tracked.patch[row] >= 0
         if separators:
-            for number, item in enumerate(self.items):
-                layout = item.encoded.layout
-                mine = (self.tracked.item[row] == number) & ~chosen
-                if item.row == row and bool(mine.any()):
-                    chosen = chosen | (mine & (layout.view[self.tracked.token[row].clamp(min=0)] >= 0))
+            lone = (self.tracked.item[row] >= 0) & ~chosen
+            for number in self.tracked.item[row, lone].unique().tolist():
+                places = (lone & (self.tracked.item[row] == number)).nonzero().flatten()
+                chosen[places] = self.items[number].encoded.layout.view[self.tracked.token[row, places]] >= 0
         return (chosen & self.real[row]).nonzero().flatten()
 
     def text(self, row: int) -> Tensor:
