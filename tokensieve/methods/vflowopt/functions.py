@@ -1,16 +1,8 @@
-"""VFlowOpt: importance from the attention of important patches, pruned patches recycled cell by cell.
-
-Based on "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization" (arXiv
-2508.05211, ICCV 2025). The importance map of a picture is the attention that a patch receives from the most
-attended patches alone, plus the entropy of its pixels. One map serves all cuts: in front of the LLM, where the
-patches cut from a picture are averaged inside coarse cells, and twice more inside the LLM.
-
-The importance map needs attention from a chosen set of patches, which the hosts do not hand to methods, so there
-is no registered method of this name.
-"""
+"""VFlowOpt's mathematics: importance, cuts, recycling, and the ratios of a wanted average."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,13 +10,11 @@ from torch import Tensor
 
 from tokensieve.errors import MethodError, RetentionError
 from tokensieve.ops.allocate import check_retention, round_half_even
+from tokensieve.ops.entropy import patch_entropy
 from tokensieve.ops.focus import focused_mean
 from tokensieve.ops.merge import MergedTokens, MergeMap, apply_merge
 from tokensieve.ops.select import top_indices
 from tokensieve.ops.similarity import as_float32
-
-_BINS = 256
-_LOG_GUARD = 1e-10
 
 
 class Strategy(NamedTuple):
@@ -54,6 +44,44 @@ STRATEGIES: dict[float, Strategy] = {
     0.1: Strategy(39.265, 0.0, 17.387, (0.11662, 1.0, 0.6011)),
 }
 """Released settings by average retention, for LLaVA-OneVision-7B (28 layers, cuts in front of layers 9 and 18)."""
+RELEASED_FOR = ((9, 18), 28)
+"""Cuts and layers of that model."""
+
+
+def nearest_strategy(average: float, cuts: tuple[int, int], layers: int) -> Strategy:
+    """Released settings, carried over where the average retention or the LLM is another.
+
+    Threshold, grid, R2 and the quotient of R1 and the average are interpolated over the logarithm of the average
+    (constant outside of what was released); R3 follows from the constraint. Where the layers leave no room for R3, R1
+    is the average itself.
+
+    Parameters
+    ----------
+    average : float
+        Wanted average retention, in (0, 1].
+    cuts : tuple of int
+        (k1, k2).
+    layers : int
+        L.
+    """
+    if (cuts, layers) == RELEASED_FOR and average in STRATEGIES:
+        # The released third ratios lie some 0.8 % above what the constraint gives.
+        return STRATEGIES[average]
+    known = sorted(STRATEGIES)
+    below = max((x for x in known if x <= average), default=known[0])
+    above = min((x for x in known if x >= average), default=known[-1])
+    share = 0.0 if below == above else math.log(average / below) / math.log(above / below)
+
+    def between(low: float, high: float) -> float:
+        return low + share * (high - low)
+
+    a, b = STRATEGIES[below], STRATEGIES[above]
+    first = min(1.0, average * between(a.ratios[0] / below, b.ratios[0] / above))
+    second = between(a.ratios[1], b.ratios[1])
+    if first * (cuts[0] + second * (cuts[1] - cuts[0])) >= average * layers:
+        first = average
+    third = last_ratio(average, first, second, cuts, layers)
+    return Strategy(between(a.threshold, b.threshold), 0.0, between(a.grid, b.grid), (first, second, third))
 
 
 def pixel_entropy(pixels: Tensor, patch: int = 14) -> Tensor:
@@ -77,21 +105,9 @@ def pixel_entropy(pixels: Tensor, patch: int = 14) -> Tensor:
     MethodError
         If the shape does not fit or a value lies outside 0..1.
     """
-    if pixels.dim() != 4 or pixels.shape[1] != 3 or pixels.shape[2] % patch or pixels.shape[3] % patch:
-        raise MethodError(
-            f"pixel entropy needs pixels [B, 3, h, w] with sides that are multiples of {patch}, but the shape is "
-            f"{tuple(pixels.shape)}."
-        )
     if pixels.numel() and not (float(pixels.min()) >= 0.0 and float(pixels.max()) <= 1.0):
         raise MethodError("pixel entropy needs pixels from 0 to 1; undo the normalisation of the image processor.")
-    levels = (as_float32(pixels) * 255).floor()
-    grey = (0.3333 * levels.sum(dim=1)).round().long()
-    batch, height, width = grey.shape
-    blocks = grey.view(batch, height // patch, patch, width // patch, patch).transpose(2, 3).flatten(3)
-    histogram = torch.zeros(*blocks.shape[:3], _BINS, device=pixels.device)
-    histogram.scatter_add_(3, blocks, torch.ones_like(blocks, dtype=torch.float32))
-    share = histogram / (patch * patch)
-    return -(share * (share + _LOG_GUARD).log2()).sum(dim=-1).unsqueeze(1)
+    return patch_entropy((as_float32(pixels) * 255).floor(), patch).unsqueeze(1)
 
 
 def importance_map(attention: Tensor, threshold: float, entropy: Tensor | None = None, alpha: float = 0.0) -> Tensor:
@@ -196,7 +212,7 @@ def prune_and_recycle(
     features : Tensor
         ``[n, D]`` tokens of the base picture and of the mosaic.
     importance : Tensor
-        ``[n]``, not negative; 1 for newline tokens if they are passed.
+        ``[n]``; 1 for newline tokens if they are passed.
     cell : Tensor
         ``[n]`` from `grid_cells`.
     retention : float
@@ -228,7 +244,8 @@ def prune_and_recycle(
     low = min(count, round_half_even(total * (1 - retention)) + int(total / grid**2))
     cut = top_indices(importance, low, largest=False)
     used, slot = cell.to(cut.device)[cut].unique(return_inverse=True)
-    weight = as_float32(importance)[cut]
+    # A negative weight of the entropy can make the least important tokens weigh less than nothing.
+    weight = as_float32(importance)[cut].clamp(min=0)
     sums = weight.new_zeros(used.numel()).index_add(0, slot, weight)
     sizes = torch.bincount(slot, minlength=used.numel())
     # A cell without any importance has no weighted mean; its plain mean is taken.
