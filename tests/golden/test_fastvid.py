@@ -7,7 +7,8 @@ import torch
 
 from tokensieve.core.layout import Layout
 from tokensieve.core.plan import Plan, reading_order
-from tokensieve.methods.fastvid import Flavour, density_pruning
+from tokensieve.core.sample import HostFacts, TokenSample
+from tokensieve.methods.fastvid import HEAD_ATTENTION, HEAD_VECTOR, MEAN_QUERY, FastVID, Flavour, density_pruning
 from tokensieve.ops.merge import apply_merge
 
 SYSTEM = "fastvid"
@@ -53,3 +54,25 @@ def test_matches_reference(golden: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(out.numpy(), golden["out"], rtol=0, atol=1e-5)
     remade = apply_merge(features.flatten(0, 1).double(), merged.merge_map, merged.source.numel())
     np.testing.assert_allclose(remade.numpy(), merged.features.numpy(), rtol=0, atol=1e-5)
+
+
+def test_registered_method_matches_reference(golden: dict[str, np.ndarray]) -> None:
+    """Options that the host implies, and signals by the names under which hosts give them."""
+    frames, tokens = int(golden["frames"]), int(golden["tokens_per_frame"])
+    start, length = int(golden["video_start"]), int(golden["video_length"])
+    family = "qwen2_5_vl" if "grid" in golden else "llava_onevision" if length == frames * tokens else "llava_video"
+    facts = HostFacts(family, 28, 27, 25, False)
+    side = round(tokens**0.5)
+    regular = family == "llava_video"
+    layout = Layout.regular("video", frames, *((side, side, "row") if regular else (1, tokens)))
+    attention = torch.from_numpy(golden["frame_attention"]).flatten()
+    vectors = torch.from_numpy(golden["frame_global"])
+    method = FastVID(retention=float(golden["retention"]), segments=int(golden["c"]))
+    signals = {MEAN_QUERY: attention} if "grid" in golden else {HEAD_ATTENTION: attention, HEAD_VECTOR: vectors}
+    assert set(method.signals(facts)) == set(signals)
+    features = torch.from_numpy(golden["hidden"])[start + layout.patch_tokens[: frames * tokens]]
+    plan = method.plan_tokens(TokenSample(features, layout, signals, facts))
+    assert [last - first + 1 for first, last in plan.info["segments"].tolist()] == golden["segment_sizes"].tolist()
+    order, _ = reading_order(layout, plan)
+    inside = golden["keep_index"][(golden["keep_index"] >= start) & (golden["keep_index"] < start + length)]
+    np.testing.assert_array_equal(start + order[order < length].numpy(), inside)

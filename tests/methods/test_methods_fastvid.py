@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from tokensieve.core.method import Method
 from tokensieve.core.plan import Plan, reading_order
 from tokensieve.core.registry import build
 from tokensieve.core.sample import HostFacts, TokenSample
-from tokensieve.errors import MethodError, RetentionError
+from tokensieve.errors import MethodError, RetentionError, SignalError
+from tokensieve.hosts import tiny
 from tokensieve.methods.fastvid import Flavour, density_pruning, frame_budgets, valid_frames
+from tokensieve.pairing import load_pair
 
 FLAVOURS: tuple[Flavour, ...] = ("onevision", "llava_video", "qwen")
 
@@ -204,16 +207,63 @@ def test_bfloat16_keeps_the_selection() -> None:
     assert ours.features.dtype == torch.bfloat16
 
 
-def test_it_is_named_for_what_it_is() -> None:
+def test_they_are_named_for_what_they_are(tiny_host: Any) -> None:
     """Nothing called plain fastvid runs on signals that the paper does not use."""
-    assert tokensieve.list_methods("fastvid*") == ["fastvid-proxy"]
+    assert tokensieve.list_methods("fastvid*") == ["fastvid", "fastvid-proxy"]
     assert "pooling head" in tokensieve.method_class("fastvid-proxy").fidelity_note
+    model, _ = tiny_host("llava_onevision")
+    with pytest.raises(SignalError, match=r"encoder\.head_attention.*methods that work here.*fastvid-proxy"):
+        tokensieve.compress(model, "fastvid")
+    model, _ = tiny_host("llava_next_video")
+    with pytest.raises(SignalError, match="no SigLIP tower"):
+        tokensieve.compress(model, "fastvid", text_tower=load_pair(*tiny.pair_of(model)))
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_video"])
+def test_pooling_head_of_the_pair_decides(tiny_host: Any, family: str) -> None:
+    """The plan of a compressed model equals the functions on what the head makes of the host's own states."""
+    model, processor = tiny_host(family)
+    inputs = tiny.example_inputs(family, processor, frames=6)
+    pair = load_pair(*tiny.pair_of(model))
+    with torch.no_grad(), tokensieve.compress(model, "fastvid", retention=0.4, segments=2, text_tower=pair) as run:
+        model(**inputs)
+    (item,) = run.history[-1].items
+    base = model.base_model
+    with torch.no_grad():
+        pixels = inputs["pixel_values_videos"][0]
+        states = base.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+        vectors, attention = pair.summarise(states)
+        projected = base.multi_modal_projector(states)
+        if family == "llava_onevision":
+            features, saliency = base.apply_pooling(projected), base.apply_pooling(attention[..., None])[..., 0]
+        else:
+            grid = torch.nn.functional.avg_pool2d(projected.transpose(1, 2).unflatten(2, (9, 9)), 2)
+            features = grid.flatten(2).transpose(1, 2)
+            saliency = torch.nn.functional.avg_pool2d(attention.view(-1, 1, 9, 9), 2).flatten(1)
+    flavour = FLAVOURS[family == "llava_video"]
+    merged, segments = density_pruning(features, saliency, vectors, 0.4, flavour=flavour, segments=2)
+    assert torch.equal(item.keep, merged.source)
+    assert item.info["segments"].tolist() == [list(part) for part in segments]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_mean_query_decides_on_qwen(tiny_host: Any, family: str) -> None:
+    """Saliency is another than the proxy's."""
+    model, processor = tiny_host(family)
+    inputs = tiny.example_inputs(family, processor, frames=8)
+    keeps = {}
+    for method in ("fastvid", "fastvid-proxy"):
+        with torch.no_grad(), tokensieve.compress(model, method, retention=0.4, segments=2) as run:
+            model(**inputs)
+        keeps[method] = run.history[-1].items[0].keep
+    assert not torch.equal(keeps["fastvid"], keeps["fastvid-proxy"])
 
 
 @pytest.mark.parametrize("options", [{"flavour": "video"}, {"stride": 0}, {"context": 1.0}, {"context": -0.1}], ids=str)
 def test_bad_options(options: dict[str, object]) -> None:
-    with pytest.raises(MethodError, match=r"must|unknown"):
-        build("fastvid-proxy", options)
+    for name in ("fastvid", "fastvid-proxy"):
+        with pytest.raises(MethodError, match=r"must|unknown"):
+            build(name, options)
 
 
 def test_bad_inputs() -> None:

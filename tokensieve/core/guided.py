@@ -1,4 +1,4 @@
-"""Methods that compare visual tokens with the words of the question."""
+"""Methods that need the text tower of the vision tower, or the words of the question."""
 
 from __future__ import annotations
 
@@ -9,40 +9,50 @@ from typing import Any
 from tokensieve.core.method import Method
 from tokensieve.errors import MethodError
 
-__all__ = ["GuidedMethod"]
+__all__ = ["GuidedMethod", "PairedMethod"]
 
 _PLAIN = (str, int, float, bool, type(None), list, tuple, dict)
 
 
 @dataclass
-class GuidedMethod(Method):
-    """Base of methods that ask for ``prompt.*`` signals or for signals in the space shared with a text tower.
+class PairedMethod(Method):
+    """Base of methods that ask for signals of the pair of towers that the host's vision tower was taken from.
+
+    Parameters
+    ----------
+    text_tower
+        The CLIP or SigLIP model whose vision half the host's tower is: folder, hub name, `CLIPModel`, `SiglipModel`
+        or `tokensieve.pairing.TextPair`. None takes the one that is known for the geometry of the tower.
+    """
+
+    text_tower: Any = field(default=None, kw_only=True)
+
+    def options(self) -> dict[str, object]:
+        """Hyper-parameters as a plain dictionary; objects by the name of what they were loaded from."""
+        found = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        return {name: value if isinstance(value, _PLAIN) else _named(value) for name, value in found.items()}
+
+
+@dataclass
+class GuidedMethod(PairedMethod):
+    """Base of methods that ask for the words of the question (``prompt.*`` signals).
 
     Parameters
     ----------
     question
         Words to compare with, for all prompts; None reads them out of each prompt.
-    text_tower
-        The CLIP or SigLIP model whose vision half the host's tower is: folder, hub name, `CLIPModel`, `SiglipModel`
-        or `tokensieve.pairing.TextPair`. None takes the one that is known for the geometry of the tower.
     tokenizer
         Processor or tokenizer that built the prompts (or folder or hub name of it); None loads that of the checkpoint
         the model came from.
     """
 
     question: str | None = field(default=None, kw_only=True)
-    text_tower: Any = field(default=None, kw_only=True)
     tokenizer: Any = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.question is not None and not (isinstance(self.question, str) and self.question.strip()):
             raise MethodError(f"question is {self.question!r}, but it must be words; leave it out to read the prompt.")
-
-    def options(self) -> dict[str, object]:
-        """Hyper-parameters as a plain dictionary; objects by the name of what they were loaded from."""
-        found = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        return {name: value if isinstance(value, _PLAIN) else _named(value) for name, value in found.items()}
 
 
 def _named(value: Any) -> str:

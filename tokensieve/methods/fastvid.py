@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from tokensieve.core.guided import PairedMethod
 from tokensieve.core.layout import Layout
 from tokensieve.core.method import Fidelity, Kind, Method, Stage
 from tokensieve.core.plan import Plan, Positions
@@ -34,6 +35,10 @@ STRIDE = 4
 BETA = 0.6
 NEIGHBOURS = 4
 IGNORE = 0.95
+HEAD_ATTENTION = "encoder.head_attention@feature"
+HEAD_VECTOR = "encoder.head_vector@feature"
+MEAN_QUERY = "encoder.mean_query_attention@last"
+RECEIVED = "encoder.received_attention@feature"
 
 Flavour = Literal["onevision", "llava_video", "qwen"]
 
@@ -250,27 +255,9 @@ def _absorb(
     return merged
 
 
-@register
 @dataclass
-class FastVIDProxy(Method):
-    """FastVID on signals that every host has, in place of SigLIP's pooling head.
-
-    The published method reads saliency and frame vectors from the attention-pooling head of SigLIP, or from the mean
-    query of a frame in Qwen2.5-VL's last block. Checkpoints of video LLMs leave that head out. Here saliency is the
-    mean attention that a patch receives in the last used tower layer, and a frame vector is the mean of its projected
-    tokens (the published choice on Qwen2.5-VL). The name says so in every table; `density_pruning` takes the
-    published signals.
-
-    Parameters
-    ----------
-    flavour
-        Copy of the released code to follow; None takes that of the host (``onevision`` for hosts without a copy of
-        their own, ``qwen`` for the Qwen families).
-    threshold
-        Cosine below which a segment ends; None takes 0.9, and 0.84 for the ``qwen`` flavour.
-    segments, context, stride, beta, ignore
-        See `density_pruning`.
-    """
+class _DensityPruning(Method):
+    """What both registered methods share: options, and the way from signals to a plan."""
 
     flavour: Flavour | None = None
     segments: int = SEGMENTS
@@ -280,18 +267,12 @@ class FastVIDProxy(Method):
     beta: float = BETA
     ignore: float = IGNORE
 
-    name: ClassVar[str] = "fastvid-proxy"
-    title: ClassVar[str] = "FastVID (proxy signals)"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.11187"
     venue: ClassVar[str] = "NeurIPS 2025"
     code: ClassVar[str] = "https://github.com/LunarShen/FastVID"
     stages: ClassVar[tuple[Stage, ...]] = ("tokens",)
     kind: ClassVar[Kind] = "merge"
     exact_count: ClassVar[bool] = False
-    fidelity: ClassVar[Fidelity] = "inferred"
-    fidelity_note: ClassVar[str] = (
-        "saliency is received attention and frame vectors are mean tokens, in place of SigLIP's pooling head"
-    )
     uniform_views: ClassVar[bool] = True
     published_positions: ClassVar[Positions] = "original"
 
@@ -305,26 +286,26 @@ class FastVIDProxy(Method):
                 "context share at least 0 and below 1; the published values are 4 and 0.4."
             )
 
-    def signals(self, facts: HostFacts) -> tuple[str, ...]:
-        """Attention received in the last used tower layer."""
-        return ("encoder.received_attention@feature",)
-
     def token_count(self, layout: Layout) -> int | None:
         """Depends on the segments."""
         return None
 
+    def measures(self, sample: TokenSample) -> tuple[Tensor, Tensor]:
+        """Saliency ``[n]`` of the patches and vectors ``[F, G]`` of the frames of a sample."""
+        raise MethodError(f"{self.name} measures nothing.")
+
     def plan_tokens(self, sample: TokenSample) -> Plan:
         """Segments, salient tokens and merged anchors of one video (or one picture as a single frame)."""
         features = sample.by_frame
-        attention = sample.signal("encoder.received_attention@feature").to(features.device)
+        saliency, vectors = (part.to(features.device) for part in self.measures(sample))
         flavour = self.flavour or _host_flavour(sample.facts)
         threshold = self.threshold
         if threshold is None:
             threshold = 0.84 if flavour == "qwen" else 0.9
         merged, segments = density_pruning(
             features,
-            attention.view(features.shape[:2]),
-            as_float32(features).mean(dim=1),
+            saliency.view(features.shape[:2]),
+            vectors,
             self.retention,
             flavour=flavour,
             segments=self.segments,
@@ -336,6 +317,77 @@ class FastVIDProxy(Method):
         )
         info = {"segments": torch.tensor(segments)}
         return Plan(merged.source, merged.features, merged.merge_map, self.position_policy, "occupied", info=info)
+
+
+@register
+@dataclass
+class FastVID(_DensityPruning, PairedMethod):
+    """FastVID on the published signals.
+
+    On hosts with a SigLIP tower both come from SigLIP's attention-pooling head, which their checkpoints leave out, so
+    that it is loaded beside them: saliency is the attention of the head's probe to the patches, a frame vector what
+    the head makes of the frame. On the Qwen families saliency is the attention of a frame's mean query in the last
+    tower block, and a frame vector the mean of its tokens.
+
+    Parameters
+    ----------
+    flavour
+        Copy of the released code to follow; None takes that of the host (``onevision`` for hosts without a copy of
+        their own, ``qwen`` for the Qwen families).
+    threshold
+        Cosine below which a segment ends; None takes 0.9, and 0.84 for the ``qwen`` flavour.
+    segments, context, stride, beta, ignore
+        See `density_pruning`.
+    text_tower
+        SigLIP model with the pooling head, see `PairedMethod`.
+    """
+
+    name: ClassVar[str] = "fastvid"
+    title: ClassVar[str] = "FastVID"
+    fidelity_note: ClassVar[str] = (
+        "as released on LLaVA-OneVision, LLaVA-Video and Qwen2.5-VL; the choice of a released copy for other hosts is "
+        "inferred, and the random noise in equal densities is left out"
+    )
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """The pooling head, or the mean query where the tower merges patches."""
+        return (MEAN_QUERY,) if facts.family.startswith("qwen") else (HEAD_ATTENTION, HEAD_VECTOR)
+
+    def measures(self, sample: TokenSample) -> tuple[Tensor, Tensor]:
+        """Published saliency and frame vectors."""
+        if MEAN_QUERY in sample.signals:
+            return sample.signal(MEAN_QUERY), as_float32(sample.by_frame).mean(dim=1)
+        return sample.signal(HEAD_ATTENTION), sample.signal(HEAD_VECTOR)
+
+
+@register
+@dataclass
+class FastVIDProxy(_DensityPruning):
+    """FastVID on signals that every host has, in place of SigLIP's pooling head.
+
+    Saliency is the mean attention that a patch receives in the last used tower layer, and a frame vector is the mean
+    of its projected tokens (the published choice on Qwen2.5-VL). The name says so in every table.
+
+    Parameters
+    ----------
+    flavour, threshold, segments, context, stride, beta, ignore
+        See `FastVID`.
+    """
+
+    name: ClassVar[str] = "fastvid-proxy"
+    title: ClassVar[str] = "FastVID (proxy signals)"
+    fidelity: ClassVar[Fidelity] = "inferred"
+    fidelity_note: ClassVar[str] = (
+        "saliency is received attention and frame vectors are mean tokens, in place of SigLIP's pooling head"
+    )
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Attention received in the last used tower layer."""
+        return (RECEIVED,)
+
+    def measures(self, sample: TokenSample) -> tuple[Tensor, Tensor]:
+        """Received attention and mean tokens."""
+        return sample.signal(RECEIVED), as_float32(sample.by_frame).mean(dim=1)
 
 
 def _host_flavour(facts: HostFacts | None) -> Flavour:
