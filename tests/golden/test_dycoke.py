@@ -6,9 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_llama import tiny_llama
 from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
-from tokensieve.methods.dycoke import DynamicPruning, frame_counts, temporal_pruning
+from tokensieve.core.layout import Layout
+from tokensieve.core.plan import keep_all
+from tokensieve.core.runtime import Run
+from tokensieve.core.sample import StepSample
+from tokensieve.methods.dycoke import DyCoke, DynamicPruning, frame_counts, temporal_pruning
 
 SYSTEM = "dycoke"
 
@@ -79,8 +84,43 @@ def _check_decoding(golden: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(torch.stack(rows).numpy(), golden["visual_attention"], rtol=0, atol=1e-5)
 
 
+def _check_runtime(golden: dict[str, Any]) -> None:
+    """The method on a model with hooks: attention, cosine, visible keys and states of every step."""
+    start, visual = int(golden["config"][5]), int(golden["config"][6])
+    prompt = golden["inputs_embeds"].shape[1]
+    tiny = tiny_llama(golden, [start], Layout.regular("video", 1, 1, visual))
+    method = DyCoke(removed=0.0, hidden_share=float(golden["P"]), layer=int(golden["layer"]), official=True)
+    # The reference has one frame; the released loops of the first stage need more.
+    method.plan_tokens = lambda sample: keep_all(visual)  # type: ignore[method-assign]
+    attention: list[torch.Tensor] = []
+    visible: list[torch.Tensor] = []
+    rules: list[DynamicPruning] = []
+
+    def spy(sample: StepSample) -> torch.Tensor | None:
+        shown = DyCoke.plan_step(method, sample)
+        assert shown is not None
+        attention.append(sample.attention)
+        visible.append(shown)
+        rules.append(sample.memory["rule"])
+        return shown
+
+    method.plan_step = spy  # type: ignore[method-assign]
+    with Run(tiny.model, tiny.host, [method]):
+        states = tiny.prefill()
+        assert torch.allclose(states[0, -1], torch.from_numpy(golden["prefill_last_hidden"]), atol=1e-4)
+        assert not visible
+        for step in range(len(golden["decode_hidden"])):
+            reference = torch.from_numpy(golden["decode_hidden"][step])
+            assert torch.allclose(tiny.decode(step), reference, atol=1e-4)
+            assert abs(rules[-1].similarity - float(golden["similarity"][step])) < 1e-4
+            np.testing.assert_array_equal(visible[-1].numpy(), golden["attended"][step][start : start + visual])
+    assert tiny.cache_lengths() == [prompt + len(visible)] * int(golden["config"][0])
+    np.testing.assert_allclose(torch.stack(attention)[:, :-1].numpy(), golden["visual_attention"], rtol=0, atol=1e-5)
+
+
 def test_matches_reference(golden: dict[str, np.ndarray]) -> None:
     if "attended" in golden:
         _check_decoding(golden)
+        _check_runtime(golden)
     else:
         _check_merging(golden)

@@ -1,4 +1,4 @@
-"""A tiny LLaVA that carries a reference's Llama weights, run through the whole runtime.
+"""A tiny LLaVA that carries a reference's Llama (or Qwen2) weights, run through the whole runtime.
 
 Token i of row b embeds as row i of the reference's input embeddings of row b; the visual rows come out of the
 encoder. Decoding steps have token ids of their own.
@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokensieve.core.encode import EncodeCall, EncodedItem
@@ -85,7 +92,8 @@ def tiny_llama(golden: dict[str, Any], starts: list[int], layout: Layout) -> Tin
     steps = torch.from_numpy(golden["decode_embeds"]).view(-1, hidden) if "decode_embeds" in golden else embeds[0, :0]
     rows, length, _ = embeds.shape
     placeholder = rows * length + steps.shape[0]
-    text = LlamaConfig(
+    biased = "w.layers.0.self_attn.q_proj.bias" in golden
+    text = (Qwen2Config if biased else LlamaConfig)(
         vocab_size=placeholder + 1,
         hidden_size=hidden,
         intermediate_size=mlp,

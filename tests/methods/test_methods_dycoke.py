@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+import tokensieve
 from tokensieve.core.layout import Layout
 from tokensieve.core.plan import Plan, reading_order
 from tokensieve.core.registry import build
 from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError, RetentionError
+from tokensieve.hosts import tiny
 from tokensieve.methods.dycoke import (
+    DyCoke,
     DynamicPruning,
     counts_for_budget,
     frame_counts,
@@ -213,3 +218,82 @@ def test_bad_inputs() -> None:
         temporal_pruning(_video(), frame_counts(8, 16, 0.7), "up")  # type: ignore[arg-type]
     with pytest.raises(MethodError, match="hidden_share is 1"):
         DynamicPruning(0, 8, 1.0)
+
+
+def _step_by_hand(
+    text: Any, embed: torch.Tensor, position: int, caches: list[list[torch.Tensor]], rule: Any, block: slice, layer: int
+) -> torch.Tensor:
+    """One token through all layers on explicit keys and values, with an explicit mask from ``layer`` on."""
+    rotate = importlib.import_module(type(text).__module__).apply_rotary_pos_emb
+    hidden, visible = embed[None, None], None
+    cos, sin = text.rotary_emb(hidden, torch.tensor([[position]]))
+    for index, module in enumerate(text.layers):
+        attention, normed = module.self_attn, module.input_layernorm(hidden)
+        q, k, v = (
+            getattr(attention, f"{part}_proj")(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for part in "qkv"
+        )
+        q, k = rotate(q, k, cos, sin)
+        caches[index] = [torch.cat((old, new), 2) for old, new in zip(caches[index], (k, v), strict=True)]
+        keys, values = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in caches[index])
+        logits = q @ keys.transpose(2, 3) * attention.scaling
+        if index >= layer and visible is not None:
+            logits = logits.masked_fill(~visible, float("-inf"))
+        weights = logits.softmax(-1)
+        if index == layer - 1:
+            visible = rule.step(weights[0, :, 0, block].mean(0), weights.shape[-1])
+        hidden = hidden + attention.o_proj((weights @ values).transpose(1, 2).flatten(2))
+        hidden = hidden + module.mlp(module.post_attention_layernorm(hidden))
+    return text.norm(hidden)[0, 0]
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_decoding_against_explicit_masks(reuse: bool) -> None:
+    """States of every step equal layers run by hand on the same cache, with renewed and with kept choices."""
+    model, processor = tiny.load("llava_onevision")
+    model.eval().set_attn_implementation("sdpa")
+    inputs = tiny.example_inputs("llava_onevision", processor)
+    method = DyCoke(removed=0.5, layer=2, update=0.65, reuse=reuse)
+    cache = DynamicCache(config=model.config.get_text_config())
+    text, similarities = model.model.language_model, []
+    with torch.no_grad(), tokensieve.compress(model, method) as run:
+        first = model.model(**inputs, past_key_values=cache).last_hidden_state
+        kept = run.history[-1].items[0].keep.numel()
+        start = int((inputs["input_ids"][0] == model.config.video_token_id).nonzero()[0])
+        length = inputs["input_ids"].shape[1]
+        caches = [[layer.keys.clone(), layer.values.clone()] for layer in cache.layers]
+        rule = DynamicPruning(start, kept, 0.7, reuse, 0.65)
+        for step, token in enumerate([5, 5, 5, 40, 5, 5]):
+            mask = torch.ones(1, length + step + 1, dtype=torch.long)
+            ids = torch.tensor([[token]])
+            got = model.model(input_ids=ids, attention_mask=mask, past_key_values=cache).last_hidden_state[0, 0]
+            embed = text.embed_tokens(ids)[0, 0]
+            expected = _step_by_hand(text, embed, first.shape[1] + step, caches, rule, slice(start, start + kept), 2)
+            assert torch.allclose(got, expected, atol=1e-5)
+            similarities.append(rule.similarity)
+    assert min(similarities[1:]) < 0.65 <= max(similarities), similarities
+    assert [layer.get_seq_length() for layer in cache.layers] == [first.shape[1] + 6] * len(cache.layers)
+
+
+def test_answers_do_not_hang_together() -> None:
+    """A second generation equals a fresh one, and without hiding the text is that of stage 1 alone."""
+    model, processor = tiny.load("llava_onevision")
+    inputs = tiny.example_inputs("llava_onevision", processor, batch=2)
+    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        with tokensieve.compress(model.eval(), "dycoke:retention=0.4"):
+            texts = [model.generate(**inputs, **options) for _ in range(2)]
+        with tokensieve.compress(model, "dycoke:retention=0.4,hidden_share=0"):
+            everything = model.generate(**inputs, **options)
+        with tokensieve.compress(model, "dycoke-ttm:retention=0.4"):
+            alone = model.generate(**inputs, **options)
+    assert torch.equal(*texts)
+    assert torch.equal(everything, alone)
+
+
+def test_layers_that_do_not_exist() -> None:
+    model, _ = tiny.build_in_memory("llava_onevision")
+    with pytest.raises(MethodError, match=r"from layer 9 on, but this model has layers 0\.\.4"):
+        tokensieve.attach(model, "dycoke:layer=9")
+    with pytest.raises(MethodError, match="cosine from -1 to 1"):
+        DyCoke(update=2.0)

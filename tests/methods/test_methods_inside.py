@@ -13,6 +13,7 @@ from tokensieve.hosts import tiny
 
 METHODS = [
     "framefusion:retention=0.3",
+    "dycoke:retention=0.4",
 ]
 FAMILIES = ["llava_onevision", "qwen2_5_vl"]
 FOLLOWING = torch.tensor([[5, 6, 7, 8]])

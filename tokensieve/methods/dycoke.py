@@ -2,8 +2,7 @@
 
 Based on "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models" (arXiv 2411.15024, CVPR 2025).
 Temporal token merging (which drops tokens, in spite of its name) acts in front of the LLM on windows of four frames.
-Dynamic pruning hides keys of the cache while decoding and loses nothing for good; it is here as a rule on attention
-rows.
+Dynamic pruning hides keys of the cache while decoding and loses nothing for good.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tokensieve.core.layout import Layout
 from tokensieve.core.method import Fidelity, Method, Stage
 from tokensieve.core.plan import Plan, keep_all
 from tokensieve.core.registry import register
-from tokensieve.core.sample import TokenSample
+from tokensieve.core.sample import HostFacts, StepSample, TokenSample
 from tokensieve.errors import MethodError, RetentionError
 from tokensieve.methods.controls import middles
 from tokensieve.ops.allocate import keep_count
@@ -303,3 +302,57 @@ class DyCokeTemporal(Method):
         keep = chosen.to(local.device)[place] * tokens + local % tokens
         views = chosen[counts > 0] if bool((counts == 0).any()) or chosen.numel() < frames else None
         return Plan(keep, positions=self.position_policy, separators="after-frame", views=views)
+
+
+@register
+@dataclass
+class DyCoke(DyCokeTemporal):
+    """DyCoke as a whole: temporal token merging, and dynamic pruning of the cache while decoding.
+
+    Parameters
+    ----------
+    hidden_share
+        P: this share of the visual keys is hidden in every decoding step. 0.7 is published.
+    layer
+        First decoder layer (from zero) that sees less; the attention of the layer before it chooses.
+    update
+        The choice is renewed when the cosine of that attention with the one of the step before is below this.
+    reuse
+        Otherwise go on with the earlier choice, as the paper says. The released code shows all keys then.
+    official
+        Bounds of the released loops, no reuse, and a last visual key that is never hidden. Unlike in the released
+        code, the first step of an answer is not compared with the answer before.
+    """
+
+    hidden_share: float = 0.7
+    layer: int = 3
+    update: float = UPDATE
+    reuse: bool = True
+
+    name: ClassVar[str] = "dycoke"
+    title: ClassVar[str] = "DyCoke"
+    stages: ClassVar[tuple[Stage, ...]] = ("tokens", "cache")
+    fidelity_note: ClassVar[str] = (
+        "retentions below 25 % and hosts other than LLaVA-OneVision are inferred, as is the paper's rule for steps "
+        "that keep the earlier choice"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        DynamicPruning(0, 1, self.hidden_share)
+        if not -1.0 <= self.update <= 1.0:
+            raise MethodError(f"update is {self.update}, but it is a cosine from -1 to 1; the published value is 0.9.")
+
+    def decoding_layer(self, facts: HostFacts) -> int:
+        """The first layer that sees less."""
+        return self.layer
+
+    def plan_step(self, sample: StepSample) -> Tensor | None:
+        """The rule on this step's attention; what it remembers belongs to one answer."""
+        always = int(self.official)
+        block = sample.attention[: sample.attention.numel() - always]
+        rule = sample.memory.get("rule")
+        if rule is None or rule.length != block.numel():
+            reuse = self.reuse and not self.official
+            rule = sample.memory["rule"] = DynamicPruning(0, block.numel(), self.hidden_share, reuse, self.update)
+        return rule.step(block, sample.attention.numel()) if block.numel() else None
