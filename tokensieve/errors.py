@@ -25,3 +25,7 @@ class SignalError(HostError):
 
 class RetentionError(MethodError):
     """A retention outside (0, 1]."""
+
+
+class BenchError(TokensieveError):
+    """A benchmark's dataset, arguments or journal cannot be used."""
