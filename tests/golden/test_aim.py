@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_llama import tiny_llama
 from transformers import Qwen2Config, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
+from tokensieve.core.layout import Layout
+from tokensieve.core.plan import keep_all
+from tokensieve.core.runtime import Run
 from tokensieve.methods import aim
 from tokensieve.ops.merge import apply_merge
 
@@ -123,6 +127,36 @@ def _check_decoder(golden: dict[str, np.ndarray]) -> None:
     assert bool((common >= 0.6 * (expected & is_visual).sum(dim=1)).all())
 
 
+def _check_runtime(golden: dict[str, np.ndarray]) -> None:
+    """The method on a model with hooks: hidden as released, and removed as it does by default."""
+    hidden, visual = golden["inputs_embeds"].shape[1], int(golden["visual_count"])
+    mlp, kv = (golden[f"w.layers.0.{name}.weight"].shape[0] for name in ("mlp.gate_proj", "self_attn.k_proj"))
+    start, expected = int(golden["visual_start"]), golden["mask_after_layer"]
+    known = dict(golden, config=np.array([28, hidden, mlp, 2, 2 * kv // hidden]))
+    known["inputs_embeds"] = golden["inputs_embeds"][None]
+    text = ~_visual(golden, expected.shape[1])
+    for exact in (True, False):
+        tiny = tiny_llama(known, [start], Layout.regular("video", 1, 1, visual))
+        method = aim.Aim(exact=exact)
+        method.plan_tokens = lambda sample: keep_all(visual)  # type: ignore[method-assign]
+        with Run(tiny.model, tiny.host, [method]) as run:
+            states = tiny.prefill()[0]
+            stages = run.history[-1].items[0].decoder
+        assert sorted(stages) == list(range(15, 23))
+        for layer, kept in stages.items():
+            reference = expected[layer - 1][start : start + visual].nonzero()[0].tolist()
+            assert kept.numel() == len(reference)
+            if exact:
+                assert kept.tolist() == reference
+            else:
+                assert len(set(kept.tolist()) & set(reference)) >= 0.6 * len(reference)
+        if exact:
+            assert torch.allclose(states[text], torch.from_numpy(golden["last_hidden"])[text], atol=1e-4)
+            assert tiny.cache_lengths() == [expected.shape[1]] * 28
+        else:
+            assert tiny.cache_lengths() == [expected.shape[1]] * 15 + expected.sum(1)[14:27].tolist()
+
+
 def test_matches_reference(golden: dict[str, np.ndarray]) -> None:
     if "rounds" in golden:
         _check_merge(golden)
@@ -130,5 +164,6 @@ def test_matches_reference(golden: dict[str, np.ndarray]) -> None:
         _check_rank(golden)
     elif "mask_after_layer" in golden:
         _check_decoder(golden)
+        _check_runtime(golden)
     else:
         pytest.fail(f"a file with the arrays {sorted(golden)} is of no known kind")

@@ -77,13 +77,14 @@ def test_counts_positions_and_text(loaded: Any, family: str, method: str) -> Non
     full, short = seen
     trace = run.history[-1]
     deciding = next((m for m in parse(method) if {"frames", "tokens"} & set(m.stages)), None)
+    least = 0 if any(m.may_be_empty for m in run.methods) else 1
     for item in trace.items:
         expected = deciding.token_count(item.layout) if deciding and "frames+" not in method else item.layout.patches
         if expected is not None and len(run.methods) == 1:
             assert item.keep.numel() == expected
         assert 1 <= item.keep.numel() <= item.layout.patches
         for layer, alive in item.decoder.items():
-            assert 1 <= alive.numel() <= item.keep.numel(), layer
+            assert least <= alive.numel() <= item.keep.numel(), layer
     whole = all(item.keep.numel() == item.layout.patches for item in trace.items)
     assert short["inputs_embeds"].shape[1] == trace.after[0]
     assert trace.after[0] == trace.before[0] if whole else trace.after[0] < trace.before[0]

@@ -9,11 +9,14 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import tokensieve
+from tokensieve.core.registry import method_class
 from tokensieve.hosts import tiny
 
 METHODS = [
     "framefusion:retention=0.3",
     "dycoke:retention=0.4",
+    "aim:retention=0.5",
+    "aim:retention=0.5,exact=true",
 ]
 FAMILIES = ["llava_onevision", "qwen2_5_vl"]
 FOLLOWING = torch.tensor([[5, 6, 7, 8]])
@@ -38,7 +41,7 @@ def _greedy(model: Any, inputs: Any, tokens: int = 5, **options: Any) -> torch.T
 def test_beams(loaded: tuple[str, Any, Any], method: str) -> None:
     """Beam search over a padded batch with several items equals beam search over the rows alone."""
     family, model, processor = loaded
-    options = {"videos": 2, "images": 1}
+    options: dict[str, Any] = {"videos": 2, "images": 1}
     inputs = tiny.example_inputs(family, processor, batch=2, **options)
     with tokensieve.compress(model, method):
         together = _greedy(model, inputs, num_beams=3)[:, -5:]
@@ -96,7 +99,7 @@ def test_behind_a_method_in_front(loaded: tuple[str, Any, Any], method: str) -> 
     """Composition with a tokens-stage method, where the method has no such stage of its own."""
     family, model, processor = loaded
     name = method.partition(":")[0]
-    if "tokens" in tokensieve.core.registry.method_class(name).stages:
+    if "tokens" in method_class(name).stages:
         with pytest.raises(tokensieve.TokensieveError, match="tokens stage"):
             tokensieve.attach(model, f"vidcom2+{method}")
         return

@@ -159,4 +159,5 @@ def test_smallest_retention_keeps_a_token() -> None:
             model(**inputs)
         item = run.history[-1].items[0]
         assert item.keep.numel() >= 1, name
-        assert all(alive.numel() >= 1 for alive in item.decoder.values()), name
+        least = 0 if registry.method_class(name).may_be_empty else 1
+        assert all(alive.numel() >= least for alive in item.decoder.values()), name

@@ -4,9 +4,6 @@ Based on "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Prun
 In front of the LLM each round halves the tokens of every frame at most: tokens at even places join their most
 similar neighbours at odd places. Inside the LLM a random walk on the attention of each layer ranks the tokens, and
 their number falls linearly to nothing.
-
-The registered method is the merging. The ranking needs the whole attention matrix of many layers, which the
-runtime does not give to methods; it is here as functions.
 """
 
 from __future__ import annotations
@@ -23,16 +20,16 @@ from tokensieve.core.layout import Layout
 from tokensieve.core.method import Fidelity, Kind, Method, Stage
 from tokensieve.core.plan import Plan
 from tokensieve.core.registry import register
-from tokensieve.core.sample import TokenSample
+from tokensieve.core.sample import DecoderSample, HostFacts, TokenSample
 from tokensieve.errors import MethodError
 from tokensieve.ops.allocate import keep_count
+from tokensieve.ops.attention_walk import ITERATIONS, TEMPERATURE, walk_mass
 from tokensieve.ops.bipartite import alternate_match, chain_groups, identity_groups, merge_groups
 from tokensieve.ops.merge import MergedTokens, MergeMap, sort_merged
-from tokensieve.ops.select import top_mask
+from tokensieve.ops.select import top_indices, top_mask
 from tokensieve.ops.similarity import as_float32
 
-TEMPERATURE = 0.1
-ITERATIONS = 5
+WALK = "decoder.attention_walk"
 _WINDOWS = {28: (14, 22), 32: (13, 21)}
 
 
@@ -175,13 +172,15 @@ def attention_rank(
     MethodError
         If the logits have another shape.
     """
-    if logits.dim() != 3 or logits.shape[1] != logits.shape[2]:
-        raise MethodError(f"ranking tokens needs logits [H, L, L], but the shape is {tuple(logits.shape)}.")
-    step = (as_float32(logits) / temperature).softmax(dim=-1)
-    mass = step.new_full((step.shape[0], 1, step.shape[1]), 1 / (total or step.shape[1]))
-    for _ in range(iterations):
-        mass = mass @ step
-    return mass[:, 0].square().mean(dim=0).sqrt()
+    return walk_mass(logits, total, temperature, iterations).square().mean(dim=0).sqrt()
+
+
+def visible_count(visual: int, text: int, share: float) -> int:
+    """Visual tokens that go on, ``int(V share + T) - T`` (step 9).
+
+    The released rounding is over all tokens, which matters where ``V share`` is near an integer.
+    """
+    return max(0, int(visual * share + text) - text)
 
 
 def keep_visible(importance: Tensor, visual: Tensor, visible: Tensor, share: float) -> Tensor:
@@ -212,8 +211,7 @@ def keep_visible(importance: Tensor, visual: Tensor, visible: Tensor, share: flo
             f"{tuple(visual.shape)} and {tuple(visible.shape)}."
         )
     count, text = int(visual.sum()), int((~visual).sum())
-    # The released rounding is over all tokens, which matters where count * share is near an integer.
-    keep = max(0, int(count * share + text) - text)
+    keep = visible_count(count, text, share)
     scores = as_float32(importance).masked_fill(~(visual & visible), float("-inf"))
     chosen = top_mask(scores, min(keep, int((visual & visible).sum())))
     return (chosen | ~visual) & visible
@@ -245,7 +243,7 @@ class AimMerge(Method):
     uniform_views: ClassVar[bool] = True
     fidelity: ClassVar[Fidelity] = "mostly"
     fidelity_note: ClassVar[str] = (
-        "exact for video in front of the LLM; without the pruning inside the LLM; pictures compare features instead of "
+        "exact for video; without the pruning inside the LLM; pictures compare features instead of "
         "the encoder's keys; shares that are no power of two and newlines of grid rows are inferred"
     )
 
@@ -258,3 +256,61 @@ class AimMerge(Method):
         features = sample.by_frame
         merged = merge_frames(features, merge_rounds(features.shape[1], self.retention), keep_order=self.keep_order)
         return Plan(merged.source, merged.features, merged.merge_map, self.position_policy, "occupied")
+
+
+@register
+@dataclass
+class Aim(AimMerge):
+    """AIM as a whole: merging in front of the LLM, and fewer visual tokens behind every layer of a window.
+
+    Parameters
+    ----------
+    retention
+        Share of the tokens of every frame that enters the LLM; 0.25 is published for video.
+    first, last
+        l1 and l2: behind layer l1 (from zero) visual tokens start to leave, behind layer ``l2 - 1`` none are left.
+        None takes the published window (14, 22 of 28 layers; 13, 21 of 32), scaled for other depths.
+    exact
+        Hide the tokens from later layers instead of removing them, as the released code does. They go on voting on the
+        other tokens then, and no computation is saved. Removal chooses slightly different tokens.
+    """
+
+    first: int | None = None
+    last: int | None = None
+    exact: bool = False
+
+    name: ClassVar[str] = "aim"
+    title: ClassVar[str] = "AIM"
+    stages: ClassVar[tuple[Stage, ...]] = ("tokens", "decoder")
+    may_be_empty: ClassVar[bool] = True
+    fidelity_note: ClassVar[str] = (
+        "exact for video with exact=True; tokens are really removed by default, after which they rank no others; "
+        "pictures compare features instead of the encoder's keys; shares that are no power of two, newlines of grid "
+        "rows and windows of other depths are inferred"
+    )
+
+    def window(self, facts: HostFacts) -> tuple[int, int]:
+        """l1 and l2 on a host."""
+        first, last = prune_window(facts.decoder_layers)
+        first = max(first, facts.deepstack_layers - 1) if self.first is None else self.first
+        last = max(last, first + 1) if self.last is None else self.last
+        if not 0 <= first < last:
+            raise MethodError(f"the pruning window {first}..{last} is empty; use a first layer below the last.")
+        return first, last
+
+    def decoder_layers(self, facts: HostFacts) -> tuple[int, ...]:
+        """In front of the layers behind those of the window."""
+        first, last = self.window(facts)
+        return tuple(layer + 1 for layer in range(first, last) if layer + 1 < facts.decoder_layers)
+
+    def decoder_signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """The random walk on the layer in front of the cut."""
+        return (WALK,)
+
+    def plan_decoder(self, sample: DecoderSample) -> Plan:
+        """The share of the layer in front of the cut, by rank."""
+        assert sample.facts is not None
+        share = visual_share(sample.layer - 1, *self.window(sample.facts))
+        text = 0 if sample.text_item is None else sample.text_item.numel()
+        keep = top_indices(sample.signal(WALK), visible_count(sample.entered, text, share))
+        return Plan(keep, positions="original", fate="hidden" if self.exact else "gone")
