@@ -38,6 +38,8 @@ class PromptItem:
         Number of a decoder method -> tokens that every frame may keep.
     signals
         Requested tower signals of its patches.
+    given
+        Signals of its patches that were read from the prompt as a whole.
     text, text_before : Tensor [T]
         Places of the text behind it and in front of it, as far as the next item or the end of the row.
     """
@@ -49,6 +51,7 @@ class PromptItem:
     plan: Plan | None = None
     budgets: dict[int, Tensor] = field(default_factory=dict)
     signals: dict[str, Tensor] = field(default_factory=dict)
+    given: dict[str, Tensor] = field(default_factory=dict)
     text: Tensor | None = None
     text_before: Tensor | None = None
 
@@ -250,7 +253,7 @@ class Planner:
 
     def _signals(self, item: PromptItem) -> dict[str, Tensor]:
         """Requested tower signals for every patch of the item [n]; frames that were not encoded hold zeros."""
-        signals = {}
+        signals = dict(item.given)
         encoded = item.encoded
         whole = encoded.whole or encoded
         call, source = whole.fewer or (item.call, whole)

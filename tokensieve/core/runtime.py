@@ -19,6 +19,7 @@ from tokensieve.core.compactor import (
     renumbered,
 )
 from tokensieve.core.decoder import DecoderStage
+from tokensieve.core.first_attention import FIRST, FirstAttention
 from tokensieve.core.ledger import Ledger
 from tokensieve.core.masks import is_preallocated, padding_mask
 from tokensieve.core.method import Method
@@ -73,6 +74,8 @@ class Run:
         self._words = self._prompt_words(pair)
         self._tap = EncoderTap(self.base, host, self.requests, frame_method, self.clock, tower_method, pair)
         self._planner = Planner(self.base, host, self.facts, self.methods, self.requests, self._words)
+        asking = [m for m in self.methods if m.retention < 1.0 and FIRST in m.signals(self.facts)]
+        self._first = FirstAttention(host, self.base) if asking else None
         deciding = [m for m in self.methods if {"frames", "tokens"} & set(m.stages)]
         self.positions = deciding[0].position_policy if deciding and self.facts.position_axes == 1 else "original"
         decoder_methods = [m for m in self.methods if "decoder" in m.stages]
@@ -204,6 +207,9 @@ class Run:
         with self.clock("compress"):
             counters = dict.fromkeys(range(batch), 0)
             pair_text(items, real)
+            if self._first is not None:
+                own = self._own_positions(kwargs, length, ledger, seen)
+                self._first.fill(items, embeds, real, pasts[0], own, cache)
             for item in items:
                 self._planner.plan(item, embeds[item.row], counters[item.row])
                 counters[item.row] += 1
@@ -250,6 +256,17 @@ class Run:
                 planes, kwargs["visual_pos_masks"], compaction
             )
         return kwargs
+
+    def _own_positions(self, kwargs: dict[str, Any], length: int, ledger: Ledger | None, seen: int) -> Tensor:
+        """Positions of the batch before it is shortened, as its layers would count them."""
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = (torch.arange(length) + seen)[None].to(kwargs["inputs_embeds"].device)
+            if self.facts.position_axes > 1:
+                positions = positions.expand(self.facts.position_axes, 1, -1)
+        positions = positions[..., -length:]
+        shifted = ledger is not None and ledger.offset is not None and positions.ndim == 2
+        return positions - ledger.offset.to(positions.device) if shifted else positions  # type: ignore[union-attr]
 
     def _positions(
         self, kwargs: dict[str, Any], compaction: Compaction, ledger: Ledger | None, seen: int

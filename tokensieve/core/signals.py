@@ -39,6 +39,13 @@ SIGNALS: dict[str, Signal] = {
             "Patch features as they enter the LLM, after projector and pooling.",
         ),
         Signal(
+            "tokens.first_attention",
+            "tokens",
+            "[n]",
+            "Attention of the text behind the last visual item to a visual token in the first layer of the LLM, mean "
+            "over heads and text tokens; needs that layer's norm and projections only.",
+        ),
+        Signal(
             "encoder.received_attention",
             "encoder",
             "[n]",
