@@ -16,6 +16,7 @@ from tokensieve.cli.demo import demo
 from tokensieve.cli.listing import list_app
 from tokensieve.cli.profiling import profile
 from tokensieve.cli.serve import serve
+from tokensieve.cli.train import train_app
 from tokensieve.cli.view import view
 
 __all__ = ["app", "main"]
@@ -57,6 +58,7 @@ app.command("profile")(profile)
 app.command("demo")(demo)
 app.command("serve")(serve)
 app.command("batch")(batch)
+app.add_typer(train_app, name="train")
 
 
 def main() -> None:

@@ -145,8 +145,42 @@ class PPLlavaProcessor(ProcessorMixin):
             raise HostError(f"There are {len(asked)} questions for {len(prompts)} prompts; give one per prompt.")
         if asked is None:
             asked = [question_of(self, prompt, (self.image_token, self.video_token)) for prompt in prompts]
-        data = self._questions(list(asked))
+        written, data = self.expand(prompts, images, videos, video_metadata, options)
+        chosen = {key: options[key] for key in _TEXT_OPTIONS if key in options}
+        tokens = self.tokenizer(written, return_tensors="pt", **{"padding": len(written) > 1, **chosen})
+        data |= self.read_questions(list(asked))
+        return BatchFeature({"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], **data})
+
+    # -- text ------------------------------------------------------------------------------------------------
+
+    def expand(
+        self,
+        prompts: Sequence[str],
+        images: Any = None,
+        videos: Any = None,
+        video_metadata: Any = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> tuple[list[str], dict[str, Tensor]]:
+        """Process what prompts show and write one placeholder per visual token.
+
+        Parameters
+        ----------
+        prompts : sequence of str
+            With one placeholder per image or video.
+        images, videos, video_metadata
+            As for a call.
+        options : mapping, optional
+            Of the video processor.
+
+        Returns
+        -------
+        prompts : list of str
+            Ready to tokenise.
+        data : dict
+            Visual inputs of the model.
+        """
         replacements: dict[str, list[str]] = {self.image_token: [], self.video_token: []}
+        data: dict[str, Tensor] = {}
         counts = self._counts(prompts, self.image_token)
         shown = _match(_leaves(images), counts, "image")
         if shown is not None:
@@ -154,15 +188,11 @@ class PPLlavaProcessor(ProcessorMixin):
         counts = self._counts(prompts, self.video_token)
         shown = _match(_clips(videos), counts, "video")
         if shown is not None:
-            data |= self._videos(shown, counts, replacements[self.video_token], video_metadata, options)
-        written = [self._expand(prompt, replacements) for prompt in prompts]
-        chosen = {key: options[key] for key in _TEXT_OPTIONS if key in options}
-        tokens = self.tokenizer(written, return_tensors="pt", **{"padding": len(written) > 1, **chosen})
-        return BatchFeature({"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], **data})
+            data |= self._videos(shown, counts, replacements[self.video_token], video_metadata, options or {})
+        return [self._expand(prompt, replacements) for prompt in prompts], data
 
-    # -- text ------------------------------------------------------------------------------------------------
-
-    def _questions(self, questions: list[str]) -> dict[str, Tensor]:
+    def read_questions(self, questions: list[str]) -> dict[str, Tensor]:
+        """Questions tokenised for the text tower: ``question_ids`` and ``question_mask``, ``[B, question_length]``."""
         tokens = self.question_tokenizer(
             questions,
             padding="max_length",
