@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import tokensieve
 from tokensieve.core.layout import Layout
-from tokensieve.core.sample import HostFacts, TokenSample
+from tokensieve.core.plan import Plan, keep_all
+from tokensieve.core.sample import DecoderSample, HostFacts, TokenSample
 from tokensieve.errors import MethodError
 from tokensieve.hosts import tiny
 from tokensieve.methods.todre import (
     CLASS_ATTENTION,
+    SHARES,
     ToDRE,
     all_visual_dropped,
     attention_share,
@@ -125,3 +128,73 @@ def test_relevance_rule() -> None:
 def test_bad_options() -> None:
     with pytest.raises(MethodError, match="not 'first'"):
         ToDRE(pivot="first")  # type: ignore[arg-type]
+    with pytest.raises(MethodError, match="threshold is -1"):
+        ToDRE(threshold=-1)
+    with pytest.raises(MethodError, match="depths"):
+        ToDRE(depth=1.0)
+
+
+def test_all_or_nothing_inside_the_llm() -> None:
+    """Cache lengths of both outcomes; dropping equals hiding the visual keys from the later layers."""
+    model, processor = tiny.load("llava_onevision")
+    model.eval().set_attn_implementation("eager")
+    inputs: Any = tiny.example_inputs("llava_onevision", processor)
+    text = model.model.language_model
+    with torch.no_grad():
+        for threshold, gone in ((0.0, False), (1e-9, False), (1.01, True)):
+            method = ToDRE(retention=0.5, threshold=threshold)
+            cache = DynamicCache(config=model.config.get_text_config())
+            with tokensieve.compress(model, method) as run:
+                states = model.model(**inputs, past_key_values=cache).last_hidden_state
+                item = run.history[-1].items[0]
+                lengths = [layer.get_seq_length() for layer in cache.layers]
+            # The patches that entered, and the newline embedding behind the video.
+            visual = item.keep.numel() + item.separators
+            assert lengths == [lengths[0]] * 4 + [lengths[0] - gone * visual]
+            assert bool(item.decoder) == (threshold > 0)
+            if threshold == 0:
+                whole, start = lengths[0], int((inputs["input_ids"][0] == model.config.video_token_id).nonzero()[0])
+        hidden = slice(start, start + visual)
+
+        def hide(module: Any, args: Any, kwargs: Any) -> Any:
+            mask = torch.full((whole, whole), -1e9).triu(1)
+            mask[:, hidden] = -1e9
+            return args, {**kwargs, "attention_mask": mask[None, None]}
+
+        handle = text.layers[4].register_forward_pre_hook(hide, with_kwargs=True)
+        with tokensieve.compress(model, ToDRE(retention=0.5, threshold=0)):
+            masked = model.model(**inputs).last_hidden_state
+        handle.remove()
+    rest = torch.ones(whole, dtype=torch.bool)
+    rest[hidden] = False
+    assert torch.allclose(states, masked[:, rest], atol=1e-5)
+
+
+def test_shares_of_a_model() -> None:
+    """What decides equals the eager attention of the layer, with text between visual items."""
+    model, processor = tiny.load("qwen2_5_vl")
+    model.eval().set_attn_implementation("eager")
+    inputs: Any = tiny.example_inputs("qwen2_5_vl", processor, videos=2)
+    found: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+
+    class Spy(ToDRE):
+        def plan_decoder(self, sample: DecoderSample) -> Plan:
+            found.append(sample.signal(SHARES))
+            return super().plan_decoder(sample)
+
+        def plan_tokens(self, sample: TokenSample) -> Plan:
+            return keep_all(sample.layout.patches)
+
+    handle = model.model.language_model.layers[3].self_attn.register_forward_hook(
+        lambda module, args, output: weights.append(output[1])
+    )
+    with torch.no_grad(), tokensieve.compress(model, Spy()):
+        model(**inputs)
+    handle.remove()
+    mean, placeholder = weights[0][0].mean(0), inputs["input_ids"][0] == model.config.video_token_id
+    visual = placeholder.nonzero().flatten()
+    text = (~placeholder & (torch.arange(placeholder.numel()) > visual[0])).nonzero().flatten()
+    assert float(found[0][0]) == pytest.approx(float(mean[text][:, visual].sum() / text.numel()), abs=1e-5)
+    assert float(found[0][1]) == pytest.approx(float(mean[visual][:, text].sum() / visual.numel()), abs=1e-5)
+    assert float(found[0][1]) > 0

@@ -3,9 +3,6 @@
 Based on "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance" (arXiv 2505.18757). In front
 of the LLM a greedy choice starts from one pivot and adds the token with the smallest summed cosine to those chosen
 so far. At a late LLM layer all visual tokens go if text and visual tokens hardly attend to each other.
-
-The registered method is the first stage. The second one needs attention rows of all text tokens at one layer,
-which the runtime does not give to methods; its rule is here as functions.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from torch import Tensor
 from tokensieve.core.method import Fidelity, Selector, Stage
 from tokensieve.core.plan import Plan
 from tokensieve.core.registry import register
-from tokensieve.core.sample import HostFacts, TokenSample
+from tokensieve.core.sample import DecoderSample, HostFacts, TokenSample
 from tokensieve.errors import MethodError
 from tokensieve.ops.maxsum import greedy_max_sum
 from tokensieve.ops.select import top_indices
@@ -28,6 +25,7 @@ from tokensieve.ops.similarity import as_float32, unit_vectors
 Pivot = Literal["auto", "class", "farthest", "center", "random"]
 THRESHOLD = 0.1
 CHECK_DEPTH = 7 / 8
+SHARES = "decoder.attention_shares"
 CLASS_ATTENTION = "encoder.class_attention@last"
 
 
@@ -135,12 +133,18 @@ def all_visual_dropped(text_to_visual: float, visual_to_text: float, threshold: 
 @register
 @dataclass
 class ToDRE(Selector):
-    """ToDRE, stage 1: greedy max-sum diversity over all patches of an item.
+    """ToDRE: greedy max-sum diversity over all patches of an item, then all or nothing at a late LLM layer.
 
     Parameters
     ----------
     retention
-        25 % and 10 % are published.
+        Share of the tokens that enters the LLM; 25 % and 10 % are published.
+    threshold
+        tau: all visual tokens go where the attention between text and visual tokens is below this share in both
+        directions; 0 leaves this stage out.
+    depth
+        Share of the LLM's depth behind which that is decided: layer ``int(depth * L)`` from zero, and at the latest
+        the one before the last.
     pivot
         First token: ``"class"`` has the largest attention of the class token in the last tower layer (of images cut
         into tiles: of the base picture), ``"farthest"`` and ``"center"`` the smallest and largest cosine to the
@@ -150,25 +154,32 @@ class ToDRE(Selector):
         Seed of the random pivot; item ``i`` of a prompt uses ``seed + i``.
     """
 
+    threshold: float = THRESHOLD
+    depth: float = CHECK_DEPTH
     pivot: Pivot = "auto"
     seed: int = 0
 
     name: ClassVar[str] = "todre"
-    title: ClassVar[str] = "ToDRE (diversity)"
+    title: ClassVar[str] = "ToDRE"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.18757"
     venue: ClassVar[str] = "arXiv 2025"
-    stages: ClassVar[tuple[Stage, ...]] = ("tokens",)
+    stages: ClassVar[tuple[Stage, ...]] = ("tokens", "decoder")
+    may_be_empty: ClassVar[bool] = True
     fidelity: ClassVar[Fidelity] = "mostly"
     fidelity_note: ClassVar[str] = (
-        "from the paper's Algorithm 1 without released code, and without the removal of all visual tokens at a late "
-        "layer; reading order of the kept tokens, newlines of rows that keep a token, and the pivot without class "
-        "token are inferred"
+        "from the paper's Algorithm 1 and equation 8 without released code; reading order of the kept tokens, newlines "
+        "of rows that keep a token, the pivot without class token, and layers counted from zero are inferred"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pivot not in get_args(Pivot):
             raise MethodError(f"pivot must be one of {', '.join(get_args(Pivot))}, not {self.pivot!r}.")
+        if self.threshold < 0:
+            raise MethodError(f"threshold is {self.threshold}, but it is a share of the attention; published is 0.1.")
+        check_layers(1, (self.depth,))
+        if self.threshold == 0:
+            vars(self)["stages"] = ("tokens",)
 
     def _rule(self, facts: HostFacts | None) -> Pivot:
         if self.pivot != "auto":
@@ -178,6 +189,24 @@ class ToDRE(Selector):
     def signals(self, facts: HostFacts) -> tuple[str, ...]:
         """Class-token attention of the last tower layer, where the pivot needs it."""
         return (CLASS_ATTENTION,) if self._rule(facts) == "class" else ()
+
+    def decoder_layers(self, facts: HostFacts) -> tuple[int, ...]:
+        """In front of the layer behind the one that decides."""
+        if self.threshold == 0:
+            return ()
+        (decides,) = check_layers(facts.decoder_layers, (self.depth,))
+        return (max(1, facts.deepstack_layers, min(decides + 1, facts.decoder_layers - 1)),)
+
+    def decoder_signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Attention between text and visual tokens in the layer that decides."""
+        return (SHARES,)
+
+    def plan_decoder(self, sample: DecoderSample) -> Plan:
+        """All visual tokens and their newlines, or none."""
+        text_to_visual, visual_to_text = sample.signal(SHARES).tolist()
+        dropped = all_visual_dropped(text_to_visual, visual_to_text, self.threshold)
+        keep = torch.arange(0 if dropped else sample.hidden.shape[0])
+        return Plan(keep, positions="original", separators="occupied")
 
     def first_token(self, sample: TokenSample) -> int:
         """The pivot of an item."""
@@ -198,11 +227,11 @@ class ToDRE(Selector):
         return select_dissimilar(sample.features, count, self.first_token(sample))[0]
 
     def plan_tokens(self, sample: TokenSample) -> Plan:
-        """As every selector; newlines stay for grid rows that keep a token."""
+        """As every selector; newlines are dropped."""
         if sample.budget is not None:
             plan = super().plan_tokens(sample)
-            plan.separators = "occupied"
+            plan.separators = "drop"
             return plan
         pivot = self.first_token(sample)
         keep = select_dissimilar(sample.features, self.count(sample), pivot)[0]
-        return Plan(keep, positions=self.position_policy, separators="occupied", info={"pivot": pivot})
+        return Plan(keep, positions=self.position_policy, separators="drop", info={"pivot": pivot})
