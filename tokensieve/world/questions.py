@@ -1,0 +1,184 @@
+"""Questions with exact answers about a scene, by family.
+
+Every family is balanced by construction: given the words of a question, all its candidate answers are equally likely
+over the scenes of a split, so a model that never looks at the frames stays at chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokensieve.world.scene import CELL, Scene, Thing
+from tokensieve.world.words import COLOUR_NAMES, COUNTS, DIGITS, DIRECTIONS, FAMILIES, QUARTERS, SHAPES, SIGNS
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: its family, its words, the answers one may choose from, and the right one."""
+
+    family: str
+    text: str
+    candidates: tuple[str, ...]
+    answer: str
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a guess."""
+        return 1 / len(self.candidates)
+
+
+def questions(scene: Scene, families: tuple[str, ...] = FAMILIES) -> dict[str, list[Question]]:
+    """All questions that a scene can answer, by family; a family may be empty.
+
+    Parameters
+    ----------
+    scene
+        What happens in the clip.
+    families
+        Families to ask for, of :data:`~tokensieve.world.words.FAMILIES`.
+
+    Raises
+    ------
+    ValueError
+        If a family is unknown.
+    """
+    unknown = set(families) - set(FAMILIES)
+    if unknown:
+        raise ValueError(f"Unknown question families {sorted(unknown)}; use some of {', '.join(FAMILIES)}.")
+    rng = np.random.default_rng((*scene.seed, 2))
+    # Every family is asked in turn, wanted or not, so that the random numbers of one do not depend on the choice.
+    made = {family: list(_MAKERS[family](scene, rng)) for family in FAMILIES}
+    return {family: made[family] for family in families}
+
+
+def draw_questions(scene: Scene, number: int, rng: np.random.Generator, weights: dict[str, float]) -> list[Question]:
+    """Draw questions with replacement: first the family by its weight, then one of its questions."""
+    pool = {family: found for family, found in questions(scene).items() if found and weights.get(family, 0) > 0}
+    names = list(pool)
+    share = np.array([weights[name] for name in names])
+    picks = rng.choice(len(names), number, p=share / share.sum())
+    return [pool[names[i]][int(rng.integers(len(pool[names[i]])))] for i in picks]
+
+
+def _steady(scene: Scene) -> list[Thing]:
+    return [thing for thing in scene.things if not thing.changed]
+
+
+def _attributes(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    shapes = [thing.shape for thing in scene.things]
+    colours = [c for thing in scene.things for c in {thing.colour, thing.later_colour}]
+    for thing in _steady(scene):
+        if thing.role == "flash":
+            continue
+        if shapes.count(thing.shape) == 1:
+            yield Question(
+                "attributes", f"what colour is the {SHAPES[thing.shape]}?", COLOUR_NAMES, COLOUR_NAMES[thing.colour]
+            )
+        if colours.count(thing.colour) == 1:
+            yield Question(
+                "attributes", f"what shape is the {COLOUR_NAMES[thing.colour]} object?", SHAPES, SHAPES[thing.shape]
+            )
+
+
+def _existence(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """As many objects that are there as objects that are not, the latter with a shape and a colour that both occur."""
+    steady = [thing for thing in _steady(scene) if thing.role != "flash"]
+    there = {(thing.shape, colour) for thing in scene.things for colour in (thing.colour, thing.later_colour)}
+    shapes = sorted({thing.shape for thing in scene.things})
+    colours = sorted({colour for _, colour in there})
+    absent = [(shape, colour) for shape in shapes for colour in colours if (shape, colour) not in there]
+    present = [(thing.shape, thing.colour) for thing in steady]
+    number = min(len(absent), len(present))
+    for pool, answer in ((present, "yes"), (absent, "no")):
+        for i in rng.permutation(len(pool))[:number]:
+            shape, colour = pool[int(i)]
+            yield Question("existence", f"is there a {COLOUR_NAMES[colour]} {SHAPES[shape]}?", ("yes", "no"), answer)
+
+
+def _counting(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    number = sum(thing.colour == scene.counted for thing in scene.things)
+    text = f"how many {COLOUR_NAMES[scene.counted]} objects are there?"
+    yield Question("counting", text, COUNTS, COUNTS[number])
+
+
+def _motion(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    for thing in scene.things:
+        if thing.role == "mover":
+            across, down = thing.velocity
+            answer = ("right" if across > 0 else "left") if across else ("down" if down > 0 else "up")
+            yield Question("motion", f"which way does the {thing.name} move?", DIRECTIONS, answer)
+
+
+def _order(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    events = [thing for thing in scene.things if thing.role == "event"]
+    for i, one in enumerate(events):
+        for other in events[i + 1 :]:
+            if one.shape == other.shape:
+                continue
+            pair = (one, other) if rng.random() < 0.5 else (other, one)
+            earlier, later = sorted(pair, key=lambda thing: thing.first)
+            candidates = (SHAPES[pair[0].shape], SHAPES[pair[1].shape])
+            word, right = (("first", earlier), ("last", later))[int(rng.integers(2))]
+            text = f"which appears {word}, the {pair[0].name} or the {pair[1].name}?"
+            yield Question("order", text, candidates, SHAPES[right.shape])
+
+
+def _moment(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    for thing in scene.things:
+        if thing.role == "event":
+            answer = QUARTERS[thing.first * 4 // scene.frames]
+            yield Question("moment", f"in which quarter does the {thing.name} appear?", QUARTERS, answer)
+
+
+def _one_frame(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    for thing in scene.things:
+        if thing.role == "flash":
+            yield Question("one-frame", "which shape flashes for a single frame?", SHAPES, SHAPES[thing.shape])
+            text = "what colour is the object that flashes for a single frame?"
+            yield Question("one-frame", text, COLOUR_NAMES, COLOUR_NAMES[thing.colour])
+
+
+def _reading(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    for sign in scene.signs:
+        yield Question("reading", f"what number is on the {SIGNS[sign.panel]} sign?", DIGITS, DIGITS[sign.digit])
+
+
+def _spatial(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    still = [thing for thing in scene.things if thing.role == "still" and not thing.changed]
+    for one in still:
+        for other in still:
+            if one is other:
+                continue
+            across, down = one.start[0] - other.start[0], one.start[1] - other.start[1]
+            if abs(across) >= 1.25 * CELL:
+                text = f"is the {one.name} left or right of the {other.name}?"
+                yield Question("spatial", text, ("left", "right"), "left" if across < 0 else "right")
+            if abs(down) >= 1.25 * CELL:
+                text = f"is the {one.name} above or below the {other.name}?"
+                yield Question("spatial", text, ("above", "below"), "above" if down < 0 else "below")
+
+
+def _two_places(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    if scene.watched >= 0:
+        thing = scene.things[scene.watched]
+        text = f"is the {SHAPES[thing.shape]} the same colour at the start and at the end?"
+        yield Question("two-places", text, ("yes", "no"), "no" if thing.changed else "yes")
+
+
+_Maker = Callable[[Scene, np.random.Generator], Iterator[Question]]
+
+_MAKERS: dict[str, _Maker] = {
+    "attributes": _attributes,
+    "existence": _existence,
+    "counting": _counting,
+    "motion": _motion,
+    "order": _order,
+    "moment": _moment,
+    "one-frame": _one_frame,
+    "reading": _reading,
+    "spatial": _spatial,
+    "two-places": _two_places,
+}

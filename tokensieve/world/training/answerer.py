@@ -1,0 +1,357 @@
+"""Second stage: the language model learns to answer, on a frozen eye.
+
+Most turns see the video and themselves only, so that every question is answered from the frames; in every sixth step
+the turns of a clip form one conversation. Clips grow from 4 to 32 frames. In half of the steps random visual tokens or
+frames are missing, as the large models that compression is made for have seen clips of every length and resolution.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from tokensieve.world.models import POOLED, WIDTH, video_llm
+from tokensieve.world.scene import scene_of
+from tokensieve.world.training import attention
+from tokensieve.world.training.clips import Blocks, Eye, encode_clips, load_eye
+from tokensieve.world.training.labels import CELL_WORDS
+from tokensieve.world.training.optimise import optimisers, set_rate
+from tokensieve.world.training.state import Checkpoint, append_log
+from tokensieve.world.training.turns import IGNORED, Turns, choose, conversation, opening, separate, token_ids
+from tokensieve.world.words import FAMILIES
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of the curriculum: ``steps`` of batches of ``clips`` clips with ``frames`` frames and ``turns`` turns."""
+
+    steps: int
+    frames: int
+    clips: int
+    turns: int
+    missing: float
+    """Share of the steps in which visual tokens are missing."""
+
+
+BLOCK_STEPS = 24
+"""Steps that share a block of clips."""
+
+TALK_EVERY = 6
+"""One step in so many trains on conversations."""
+
+SIGHT_LAYER, SIGHT_WEIGHT, TIMES = 2, 0.2, 8
+"""Layer after which the auxiliary head reads, weight of its loss, and the parts of a clip that it tells apart."""
+
+VISITS = 2
+"""How often a clip of a block is used."""
+
+
+def curriculum(scale: float = 1.0) -> tuple[Phase, ...]:
+    """The phases of the published model; ``scale`` shortens all of them for a trial."""
+    plan = (
+        Phase(360, 4, 24, 16, 0.1),
+        Phase(360, 8, 16, 20, 0.3),
+        Phase(1320, 16, 10, 20, 0.5),
+        Phase(72, 32, 5, 20, 0.6),
+        Phase(168, 16, 12, 20, 0.5),
+    )
+    return tuple(
+        Phase(
+            max(BLOCK_STEPS, round(p.steps * scale / BLOCK_STEPS) * BLOCK_STEPS), p.frames, p.clips, p.turns, p.missing
+        )
+        for p in plan
+    )
+
+
+class Answerer(nn.Module):
+    """The trained parts of the second stage over cached visual tokens."""
+
+    def __init__(self, llm: LlavaOnevisionForConditionalGeneration) -> None:
+        super().__init__()
+        self.decoder = llm.model.language_model
+        self.newline = llm.model.image_newline
+        self.sights = nn.Linear(WIDTH, len(CELL_WORDS) + TIMES + 2 * POOLED + 5)
+        self.decoder.config._attn_implementation = attention.NAME
+        self.register_buffer("opening", torch.tensor(opening()), persistent=False)
+
+    def forward(self, visual: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answers and sights.
+
+        Parameters
+        ----------
+        visual
+            Visual tokens ``[B, M, D]``.
+        turns
+            Questions with answers.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Logits ``[n, V]`` of the positions with a target, in the order of ``turns.targets`` without the ignored
+            ones, and what the auxiliary head reads from each visual token half-way through the layers, ``[B, M, S]``.
+        """
+        batch, number, length = turns.ids.shape
+        table = self.decoder.embed_tokens
+        start = table(self.opening).expand(batch, -1, -1)
+        newline = self.newline.expand(batch, 1, -1)
+        prefix = torch.cat([start, visual.to(start.dtype), newline], 1)
+        states = torch.cat([prefix, table(turns.ids).flatten(1, 2)], 1)
+        size = prefix.shape[1]
+        own = torch.arange(length) + size
+        positions = torch.cat([torch.arange(size), own.repeat(number)])[None]
+        seen: list[torch.Tensor] = []
+        half_way = self.decoder.layers[SIGHT_LAYER].register_forward_hook(lambda _, __, out: seen.append(out))
+        try:
+            last = self.decoder(
+                inputs_embeds=states, position_ids=positions, use_cache=False, layout=(size, number, length)
+            ).last_hidden_state
+        finally:
+            half_way.remove()
+        wanted = turns.targets.flatten(1) != IGNORED
+        visible = slice(len(self.opening), size - 1)
+        return F.linear(last[:, size:][wanted], table.weight), self.sights(seen[0][:, visible])
+
+
+@dataclass(frozen=True)
+class Sights:
+    """Targets of the auxiliary head for a batch, ``[B, F, 36, ...]``; see :func:`sight_loss`."""
+
+    words: torch.Tensor
+    motion: torch.Tensor
+
+
+def sight_loss(read: torch.Tensor, sights: Sights, idx: torch.Tensor | None) -> torch.Tensor:
+    """How well each visual token knows when and where it is, how its content moved, and what was there before.
+
+    Answers about order, place and motion need these facts inside the language model; found from answers alone they
+    take many times longer to learn.
+
+    Parameters
+    ----------
+    read
+        Output of the head ``[B, M, S]``.
+    sights
+        What there is to see.
+    idx
+        Positions ``[B, M]`` of the tokens among all of the clip, or None for all; without some tokens the past is not
+        asked for.
+    """
+    batch, frames, cells, _ = sights.words.shape
+    words, times, rows, columns, motion = read.float().split([len(CELL_WORDS), TIMES, POOLED, POOLED, 5], -1)
+    at = torch.arange(frames * cells).expand(batch, -1) if idx is None else idx
+    loss = F.cross_entropy(times.flatten(0, 1), (at // cells * TIMES // frames).flatten())
+    loss = loss + F.cross_entropy(rows.flatten(0, 1), (at % cells // POOLED).flatten())
+    loss = loss + F.cross_entropy(columns.flatten(0, 1), (at % POOLED).flatten())
+    moved = sights.motion.flatten(1).gather(1, at).flatten()
+    weight = torch.tensor([0.05, 1.0, 1.0, 1.0, 1.0])
+    loss = loss + F.cross_entropy(motion.flatten(0, 1), moved, weight)
+    if idx is None:
+        before = sights.words[:, :-1].flatten(1, 2).float()
+        each = F.binary_cross_entropy_with_logits(words[:, cells:], before, reduction="sum")
+        loss = loss + each / before.sum().clamp(min=1)
+    return loss
+
+
+def thinned(
+    features: torch.Tensor, rng: np.random.Generator, missing: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``[B, F, 36, D]`` to ``[B, M, D]``: all tokens, or random tokens or frames left out.
+
+    Also returns the positions ``[B, M]`` of the tokens that are left, None if all are.
+    """
+    batch, frames, cells, _ = features.shape
+    flat = features.flatten(1, 2)
+    if rng.random() >= missing:
+        return flat, None
+    if rng.random() < 0.3:
+        kept = max(2, round(frames * rng.uniform(0.25, 1)))
+        picks = np.stack([np.sort(rng.permutation(frames)[:kept]) for _ in range(batch)])
+        idx = (picks[:, :, None] * cells + np.arange(cells)).reshape(batch, -1)
+    else:
+        kept = max(16, round(frames * cells * rng.uniform(0.1, 1)))
+        idx = np.stack([np.sort(rng.permutation(frames * cells)[:kept]) for _ in range(batch)])
+    at = torch.from_numpy(idx)
+    return flat.gather(1, at[..., None].expand(-1, -1, flat.shape[-1])), at
+
+
+def train_answerer(
+    folder: Path,
+    tower_folder: Path,
+    phases: tuple[Phase, ...],
+    seed: int = 0,
+    *,
+    every: int = 48,
+    save_every: int = 1,
+    examine_every: int = 240,
+) -> Iterator[dict[str, float]]:
+    """Train the second stage, going on from a checkpoint in ``folder`` if there is one.
+
+    Parameters
+    ----------
+    folder, tower_folder
+        Checkpoints and the log of this stage, and those of the first.
+    phases
+        The curriculum.
+    seed
+        Of weights and data; the same as in the first stage.
+    every, save_every, examine_every
+        Steps between records of the log, between checkpoints, and between tests on validation clips.
+
+    Yields
+    ------
+    dict
+        Loss and accuracy per family since the record before.
+    """
+    model, eye = build_answerer(tower_folder, seed)
+    found = optimisers([model], muon=2e-3, adam=1.5e-3)
+    checkpoint = Checkpoint(folder)
+    done = checkpoint.load({"answerer": model}, found)
+    examination, tally, began = Examination(eye), Tally(), time.monotonic()
+    steps = sum(phase.steps for phase in phases)
+    with Blocks(folder / "blocks", tower_folder, seed) as blocks:
+        for step, phase, batch, first in batches(blocks, phases, done):
+            rate = set_rate(found, step, steps)
+            rng = np.random.default_rng((5, seed, step))
+            turns = _turns_of(step, phase, first, phase.clips, rng)
+            visual, idx = thinned(batch["features"], rng, phase.missing)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, read = model(visual, turns)
+            logits, targets = logits.float(), turns.targets[turns.targets != IGNORED]
+            loss = _loss(logits, targets)
+            sight = sight_loss(read, Sights(batch["words"], batch["motion"]), idx)
+            (loss + SIGHT_WEIGHT * sight).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimiser in found.values():
+                optimiser.step()
+                optimiser.zero_grad()
+            tally.add(loss, logits, targets, turns)
+            if (step + 1) % save_every == 0 or step + 1 == steps:
+                checkpoint.save(step + 1, {"answerer": model}, found)
+            if (step + 1) % every == 0 or step + 1 == steps:
+                record = {"step": step + 1, "frames": phase.frames, "rate": rate, "seconds": time.monotonic() - began}
+                record |= {"sights": float(sight.detach())} | tally.close()
+                if (step + 1) % examine_every == 0 or step + 1 == steps:
+                    record |= {f"held out {name}": hits for name, hits in examination(model, phase.frames).items()}
+                append_log(folder / "log.jsonl", record)
+                yield record
+
+
+def _turns_of(step: int, phase: Phase, first: int, clips: int, rng: np.random.Generator) -> Turns:
+    asked = [choose(scene_of("train", first + i, phase.frames), phase.turns, rng) for i in range(clips)]
+    if step % TALK_EVERY == TALK_EVERY - 1:
+        return conversation([clip[:8] for clip in asked])
+    return separate(asked)
+
+
+def build_answerer(tower_folder: Path, seed: int) -> tuple[Answerer, Eye]:
+    """The untrained language model with the word embeddings of the first stage, and the eye."""
+    eye, embeddings = load_eye(tower_folder, seed)
+    torch.manual_seed(seed + 1)
+    llm = video_llm()
+    with torch.no_grad():
+        llm.get_input_embeddings().weight.copy_(embeddings)
+        for name, parameter in llm.model.language_model.named_parameters():
+            # Small outputs of every block at first: the residual stream begins as the word-like visual tokens.
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.mul_(0.3)
+    return Answerer(llm), eye
+
+
+def batches(
+    blocks: Blocks, phases: tuple[Phase, ...], done: int
+) -> Iterator[tuple[int, Phase, dict[str, torch.Tensor], int]]:
+    """Steps from ``done`` on, each with its phase, its encoded clips and the index of the first."""
+    plan = _plan(phases)
+    for i, (begin, phase, first) in enumerate(plan):
+        if begin + BLOCK_STEPS <= done:
+            continue
+        number = phase.clips * BLOCK_STEPS // VISITS
+        block = blocks.take(first, number, phase.frames)
+        if i + 1 < len(plan):
+            _, after, start = plan[i + 1]
+            blocks.request(start, after.clips * BLOCK_STEPS // VISITS, after.frames)
+        for j in range(BLOCK_STEPS):
+            if begin + j < done:
+                continue
+            at = j * phase.clips % number
+            yield begin + j, phase, {name: part[at : at + phase.clips] for name, part in block.items()}, first + at
+
+
+def _plan(phases: tuple[Phase, ...]) -> list[tuple[int, Phase, int]]:
+    """First step, phase and first clip of every block."""
+    found, step, clip = [], 0, 0
+    for phase in phases:
+        for _ in range(phase.steps // BLOCK_STEPS):
+            found.append((step, phase, clip))
+            step += BLOCK_STEPS
+            clip += phase.clips * BLOCK_STEPS // VISITS
+    return found
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy; the token that ends an answer is easy and counts a tenth."""
+    each = F.cross_entropy(logits, targets, reduction="none")
+    weight = torch.where(targets == _end(), 0.1, 1.0)
+    return (each * weight).sum() / weight.sum()
+
+
+def _end() -> int:
+    return token_ids("<|im_end|>")[0]
+
+
+class Tally:
+    """Running loss and accuracy per family."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.right: dict[str, list[int]] = defaultdict(list)
+
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, turns: Turns) -> None:
+        """Note one step."""
+        self.losses.append(float(loss.detach()))
+        answers = targets != _end()
+        right = (logits.argmax(-1) == targets)[answers].tolist()
+        rows = (turns.targets != IGNORED).nonzero()[answers.nonzero()[:, 0]]
+        for hit, (i, j, _) in zip(right, rows.tolist(), strict=True):
+            self.right[turns.families[i][j]].append(hit)
+
+    def close(self) -> dict[str, float]:
+        """Averages since the last call."""
+        found = {"loss": sum(self.losses) / max(1, len(self.losses))}
+        found |= {name: float(np.mean(self.right[name])) for name in (*FAMILIES, "conversation") if self.right[name]}
+        self.losses.clear()
+        self.right.clear()
+        return found
+
+
+class Examination:
+    """Accuracy on clips of the validation split, every visual token present."""
+
+    def __init__(self, eye: Eye, clips: int = 32) -> None:
+        self.eye, self.clips = eye, clips
+        self.cache: dict[int, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, model: Answerer, frames: int) -> dict[str, float]:
+        """Accuracy per family."""
+        if frames not in self.cache:
+            self.cache = {frames: encode_clips(self.eye, "validation", 0, self.clips, frames)}
+        tally, rng = Tally(), np.random.default_rng(1)
+        for begin in range(0, self.clips, 8):
+            features = self.cache[frames][begin : begin + 8]
+            asked = [choose(scene_of("validation", begin + i, frames), 64, rng) for i in range(len(features))]
+            turns = separate(asked)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(features.flatten(1, 2), turns)[0].float()
+            targets = turns.targets[turns.targets != IGNORED]
+            tally.add(_loss(logits, targets), logits, targets, turns)
+        return tally.close()

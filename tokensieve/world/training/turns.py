@@ -1,0 +1,98 @@
+"""Questions and answers as token rows, the way the chat template writes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tokensieve.world.models import tokenizer
+from tokensieve.world.questions import Question, questions
+from tokensieve.world.scene import Scene
+
+LIMITS: dict[str, int] = {"attributes": 4, "existence": 4, "spatial": 4}
+"""Families with many questions per clip, and how many of them enter one training sequence."""
+
+IGNORED = -100
+
+
+@cache
+def _words() -> PreTrainedTokenizerFast:
+    return tokenizer()
+
+
+@cache
+def token_ids(text: str) -> tuple[int, ...]:
+    """Tokens of a text without anything added."""
+    return tuple(_words()(text, add_special_tokens=False)["input_ids"])
+
+
+def opening() -> tuple[int, ...]:
+    """Tokens before the video."""
+    return token_ids("<|im_start|> user")
+
+
+def turn(question: Question, opened: bool) -> tuple[list[int], list[int]]:
+    """Tokens of one question with its answer, and the target of each position (:data:`IGNORED` where none).
+
+    With ``opened`` the turn follows the video directly; otherwise it begins a new message of the user.
+    """
+    asked = [*(() if opened else opening()), *token_ids(question.text), *token_ids("<|im_end|> <|im_start|> assistant")]
+    answered = [*token_ids(question.answer), *token_ids("<|im_end|>")]
+    targets = [IGNORED] * (len(asked) - 1) + answered + [IGNORED]
+    return asked + answered, targets
+
+
+def choose(scene: Scene, number: int, rng: np.random.Generator) -> list[Question]:
+    """Up to ``number`` different questions of a scene in random order, large families cut to their limit."""
+    picked: list[Question] = []
+    for family, found in questions(scene).items():
+        if family == "one-frame" and scene.frames < 8:
+            continue
+        limit = LIMITS.get(family, len(found))
+        picked += [found[int(i)] for i in rng.permutation(len(found))[:limit]]
+    return [picked[int(i)] for i in rng.permutation(len(picked))[:number]]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Token rows of a batch.
+
+    ``ids`` and ``targets`` are ``int64 [B, K, L]`` for turns that do not see each other, or ``[B, 1, L]`` for one
+    conversation; padding comes last and is ignored. ``families`` names the family of each ``[B, K]`` turn ("" where
+    a clip has fewer).
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    families: list[list[str]]
+
+
+def separate(asked: list[list[Question]]) -> Turns:
+    """Every question as the first one after the video."""
+    rows = [[turn(question, True) for question in clip] for clip in asked]
+    return _packed(rows, [[question.family for question in clip] for clip in asked])
+
+
+def conversation(asked: list[list[Question]]) -> Turns:
+    """All questions of a clip one after the other."""
+    rows = []
+    for clip in asked:
+        parts = [turn(question, i == 0) for i, question in enumerate(clip)]
+        rows.append([([t for ids, _ in parts for t in ids], [t for _, targets in parts for t in targets])])
+    return _packed(rows, [["conversation"] for _ in asked])
+
+
+def _packed(rows: list[list[tuple[list[int], list[int]]]], families: list[list[str]]) -> Turns:
+    number = max(map(len, rows))
+    length = max(len(ids) for clip in rows for ids, _ in clip)
+    ids = torch.full((len(rows), number, length), _words().pad_token_id)
+    targets = torch.full((len(rows), number, length), IGNORED)
+    for i, clip in enumerate(rows):
+        for j, (tokens, target) in enumerate(clip):
+            ids[i, j, : len(tokens)] = torch.tensor(tokens)
+            targets[i, j, : len(target)] = torch.tensor(target)
+    return Turns(ids, targets, [names + [""] * (number - len(names)) for names in families])
