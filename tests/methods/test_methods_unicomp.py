@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+import tokensieve
 from tokensieve.core.layout import Layout
 from tokensieve.core.plan import reading_order
 from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError, RetentionError
+from tokensieve.hosts import tiny
 from tokensieve.methods import unicomp
 from tokensieve.ops.merge import apply_merge
+from tokensieve.pairing import load_pair
 
 FACTS = HostFacts("llava_onevision", 28, 26, 25, False)
 
@@ -185,13 +190,18 @@ def test_method_keys_features_and_separators() -> None:
     keys = _clip(noise=0.4, dim=9, seed=7)
     sample = TokenSample(features.flatten(0, 1), layout, {unicomp.KEYS: keys.flatten(0, 1)})
     method = unicomp.UniComp(retention=0.15)
-    assert method.signals(FACTS) == (unicomp.KEYS,)
-    assert unicomp.UniComp(metric="features").signals(FACTS) == ()
+    assert method.signals(FACTS) == (unicomp.KEYS, unicomp.NEWLINE)
+    assert method.signals(replace(FACTS, video_separators="row")) == (unicomp.KEYS,)
+    assert unicomp.UniComp(metric="features", separators="none").signals(FACTS) == ()
+    known = replace(FACTS, tower_pair="siglip", text_tower="its pair")
+    assert unicomp.VECTORS in method.signals(known)
+    assert unicomp.VECTORS not in unicomp.UniComp(frame_vectors="mean").signals(known)
+    assert unicomp.VECTORS in unicomp.UniComp(text_tower="a pair").signals(FACTS)
     plan = method.run_tokens(sample).checked(288, "unicomp")
     expected = unicomp.compress(features, 0.15, keys=keys)
     assert plan.keep.tolist() == expected.merged.source.tolist()
     _, slots = reading_order(layout, plan)
-    assert int((slots < 0).sum()) == 6 * expected.starts.numel()
+    assert int((slots < 0).sum()) == expected.starts.numel()
     with pytest.raises(MethodError, match="mean_key@feature"):
         method.run_tokens(TokenSample(features.flatten(0, 1), layout))
     still = TokenSample(features[:1].repeat(8, 1, 1).flatten(0, 1), layout)
@@ -216,9 +226,88 @@ def test_half_precision_keeps_its_dtype() -> None:
 def test_bad_options() -> None:
     with pytest.raises(MethodError, match="'value' is unknown"):
         unicomp.UniComp(metric="value")
+    with pytest.raises(MethodError, match="'both' is unknown"):
+        unicomp.UniComp(frame_vectors="both")
+    with pytest.raises(MethodError, match="'row' is unknown"):
+        unicomp.UniComp(separators="row")
     with pytest.raises(MethodError, match="token_radius is -0"):
         unicomp.UniComp(token_radius=-0.1)
     with pytest.raises(MethodError, match=r"\[F, N, D\]"):
         unicomp.compress(torch.zeros(3, 4), 0.5)
     with pytest.raises(RetentionError):
         unicomp.compress(_clip(), 0.0)
+
+
+def _sequence(model: Any, inputs: Any, **options: Any) -> tuple[Any, torch.Tensor]:
+    """Trace of the item and the embeddings that the LLM reads."""
+    seen: list[torch.Tensor] = []
+    with torch.no_grad(), tokensieve.compress(model, "unicomp", **options) as run:
+        handle = model.base_model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        model(**inputs)
+        handle.remove()
+    return run.history[-1].items[0], seen[0][0]
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_video", "internvl", "qwen3_vl", "video_llama_3"])
+def test_sequence_of_every_layout(tiny_host: Any, family: str) -> None:
+    """Tokens of a fused frame, one separator, the next fused frame; text between frames stays in front of them."""
+    model, processor = tiny.load(family)
+    if family == "video_llama_3":
+        processor.video_processor.use_token_compression = False
+    inputs = tiny.example_inputs(family, processor, frames=8)
+    item, found = _sequence(model, inputs, retention=0.4)
+    counts = item.info["group_count"].tolist()
+    starts = item.info["group_start"].tolist()
+    assert len(counts) > 1
+    base = model.base_model
+    words = base.get_input_embeddings().weight
+    newline = processor.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    mark = base.image_newline if family == "llava_video" else words[newline]
+    place = (found == mark).all(1)
+    video = {"internvl": "image_token_id"}.get(family, "video_token_id")
+    ids = inputs["input_ids"][0]
+    visual = ids == getattr(model.config, video)
+    text = words[ids[~visual]]
+    is_text = (found[:, None] == text[None]).all(-1).any(1) & ~place
+    if family == "llava_onevision":
+        is_text |= (found == base.image_newline).all(1)
+        assert bool((found == base.image_newline).all(1).any()), "the newline behind the video stays"
+    # Between the texts there are the tokens of the groups, each closed by its mark.
+    inside = found[~is_text]
+    ends = (inside == mark).all(1).nonzero().flatten().tolist()
+    own_newlines = int((ids[~visual] == newline).sum()) if family != "llava_video" else 0
+    lengths = [end - start for start, end in zip([-1, *ends[:-1]], ends, strict=True)]
+    lengths = [length - 1 for length in lengths if length > 1]
+    assert sorted(lengths) == sorted(counts)
+    assert len(ends) == len(counts) + own_newlines
+    assert item.separators == len(counts) + (family == "llava_onevision")
+    views = item.layout.patch_view[item.keep]
+    assert [int(n) for n in torch.bincount(views)[starts]] == counts
+
+
+def test_separators_can_be_left_out(tiny_host: Any) -> None:
+    model, processor = tiny_host("qwen2_5_vl")
+    inputs = tiny.example_inputs("qwen2_5_vl", processor, frames=8)
+    with_marks, long = _sequence(model, inputs, retention=0.4)
+    without, short = _sequence(model, inputs, retention=0.4, separators="none")
+    assert torch.equal(with_marks.keep, without.keep)
+    assert with_marks.separators == len(with_marks.info["group_count"]) and without.separators == 0
+    assert long.shape[0] == short.shape[0] + with_marks.separators
+
+
+def test_pooling_head_gives_frame_vectors(tiny_host: Any) -> None:
+    """The published source of frame uniqueness, once the pair is there."""
+    model, processor = tiny_host("llava_onevision")
+    inputs = tiny.example_inputs("llava_onevision", processor, frames=8)
+    pair = load_pair(*tiny.pair_of(model))
+    item, _ = _sequence(model, inputs, retention=0.4, text_tower=pair, metric="features", frame_radius=-1.0)
+    base = model.base_model
+    with torch.no_grad():
+        states = base.vision_tower(inputs["pixel_values_videos"][0], output_hidden_states=True).hidden_states[-1]
+        features = base.apply_pooling(base.multi_modal_projector(states))
+    vectors = pair.summarise(states).vector
+    expected = unicomp.compress(features, 0.4, frame_vectors=vectors, frame_radius=-1.0)
+    assert item.info["group_budget"].tolist() == expected.budgets.tolist()
+    assert torch.equal(item.keep, expected.merged.source)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -73,6 +75,50 @@ def test_separators_behind_the_patches_of_their_frame() -> None:
     assert tokens.tolist() == [0, 4, 2, 5]
     tokens, _ = reading_order(layout, Plan(torch.tensor([0, 3])))
     assert tokens.tolist() == [0, 2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected", "slots"),
+    [
+        ("drop", [7, 1, 0], [0, 1, 2]),
+        ("per-frame", [0, 1, 5, 7, 11, 17], [2, 1, -1, 0, -1, -1]),
+        ("per-group", [7, 1, 5, 0, 2], [0, 1, -1, 2, -1]),
+    ],
+)
+def test_one_separator_each(rule: Any, expected: list[int], slots: list[int]) -> None:
+    """Three frames of 2 x 2 with row separators; the last frame keeps nothing, two groups end in the first one."""
+    layout = Layout.regular("video", 3, 2, 2, "row")
+    plan = Plan(torch.tensor([5, 1, 0]), separators=rule, groups=torch.tensor([0, 0, 1])).checked(12, "toy")
+    found, places = reading_order(layout, plan)
+    assert found.tolist() == expected
+    assert places.tolist() == slots
+
+
+def test_separators_run_out_from_the_nearest_frame() -> None:
+    """Frames of one row have one newline; a third group in one frame takes that of the next frame."""
+    layout = Layout.regular("video", 3, 1, 3, "row")
+    plan = Plan(torch.tensor([0, 1, 2]), separators="per-group", groups=torch.tensor([0, 1, 2]))
+    tokens, _ = reading_order(layout, plan)
+    assert tokens.tolist() == [0, 3, 1, 7, 2, 11]
+
+
+def test_separators_that_the_host_does_not_have() -> None:
+    """They take the places of tokens that do not survive; the newline behind the video stays where it was."""
+    layout = Layout.regular("video", 2, 1, 3, "end")
+    plan = Plan(torch.tensor([0, 3, 5]), separators="per-frame", separator=torch.zeros(4))
+    tokens, slots = reading_order(layout, plan)
+    assert tokens.tolist() == [0, 2, 3, 5, 4, 6]
+    assert slots.tolist() == [0, -2, 1, 2, -2, -1]
+    full = Plan(torch.arange(6), separators="per-frame", separator=torch.zeros(4))
+    assert reading_order(layout, full)[0].tolist() == [0, 1, 2, 3, 4, 5, 6], "nothing is left to give its place"
+    plain = Plan(torch.tensor([0, 3, 5]), separators="per-frame")
+    assert reading_order(layout, plain)[0].tolist() == [0, 3, 5, 6]
+
+
+def test_groups_must_be_given_in_order() -> None:
+    for groups in (None, torch.tensor([0]), torch.tensor([1, 0])):
+        with pytest.raises(MethodError, match="toy wants a separator per group"):
+            Plan(torch.tensor([0, 1]), separators="per-group", groups=groups).checked(4, "toy")
 
 
 def test_separators_of_dropped_views_go() -> None:

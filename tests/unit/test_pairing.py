@@ -309,5 +309,5 @@ def test_tokenizer_of_a_model(prompts: dict[str, tuple[Any, Any]], tmp_path: Pat
     processor.save_pretrained(tmp_path)
     found = pairing.find_tokenizer(str(tmp_path), model)
     assert found.chat_template == processor.chat_template
-    with pytest.raises(HostError, match="cannot be loaded to read the question"):
+    with pytest.raises(HostError, match="cannot be loaded to read prompts"):
         pairing.find_tokenizer(str(tmp_path / "nowhere"), model)

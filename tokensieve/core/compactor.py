@@ -129,15 +129,19 @@ def gather_positions(positions: Tensor, index: Tensor) -> Tensor:
     return full.gather(2, index.expand(full.shape[0], -1, -1))
 
 
-def gather_planes(planes: Sequence[Tensor], visual: Tensor, compaction: Compaction) -> tuple[list[Tensor], Tensor]:
+def gather_planes(
+    planes: Sequence[Tensor], visual: Tensor, compaction: Compaction, patches: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
     """DeepStack planes [n, D] and their mask [B, L] after a compaction.
 
-    Plane rows follow the True entries of the mask in row-major order, so they are re-ranked.
+    Plane rows follow the True entries of the mask in row-major order, so they are re-ranked. Places outside of
+    ``patches [B, L']`` get none: there a separator took the place of a patch.
     """
     visual_cpu = visual.cpu()
     rank = (visual_cpu.flatten().long().cumsum(0) - 1).view_as(visual_cpu)
     rows = torch.arange(visual_cpu.shape[0])[:, None]
     moved = visual_cpu[rows, compaction.index] & compaction.real
+    moved = moved if patches is None else moved & patches
     chosen = rank[rows, compaction.index][moved]
     return [plane[chosen.to(plane.device)] for plane in planes], moved.to(visual.device)
 

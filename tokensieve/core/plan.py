@@ -16,7 +16,7 @@ from tokensieve.ops.merge import MergeMap
 __all__ = ["Fate", "MergeMap", "Plan", "Positions", "SeparatorRule", "join_views", "keep_all", "reading_order"]
 
 Positions = Literal["original", "renumber"]
-SeparatorRule = Literal["in-place", "after-frame", "occupied"]
+SeparatorRule = Literal["in-place", "after-frame", "occupied", "drop", "per-frame", "per-group"]
 Fate = Literal["gone", "evicted", "aside", "hidden"]
 """What becomes of the tokens that a plan inside the LLM leaves out, see `Plan`."""
 
@@ -39,8 +39,15 @@ class Plan:
         do; ``"original"`` keeps the coordinates of the survivors. Hosts with several position axes always
         keep the original coordinates.
     separators
-        Where newline embeddings go: in place, all of a frame's behind its survivors, or only those of grid
-        rows that still hold a token.
+        Where newline embeddings go: in place, all of a frame's behind its survivors (``"after-frame"``), only those of
+        grid rows that still hold a token (``"occupied"``), nowhere (``"drop"``, the one behind a video included), one
+        behind every frame, empty ones too (``"per-frame"``), or one behind every group of survivors
+        (``"per-group"``).
+    groups : Tensor [M], optional
+        For ``"per-group"``: group of every survivor, never falling along ``keep``.
+    separator : Tensor [D], optional
+        Embedding to put in where ``"per-frame"`` or ``"per-group"`` wants a separator that the host does not have; it
+        takes the place of a token that does not survive. None puts nothing in.
     views : Tensor, optional
         Views that take part at all; separators of the others go. None means all.
     info
@@ -59,6 +66,8 @@ class Plan:
     views: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
     fate: Fate = "gone"
+    groups: Tensor | None = None
+    separator: Tensor | None = None
 
     def checked(self, patches: int, method: str, may_be_empty: bool = False) -> Plan:
         """The plan with ``keep`` on the CPU, or a MethodError when it is empty, repeated or out of range."""
@@ -73,6 +82,11 @@ class Plan:
             raise MethodError(f"{method} returned token ids that repeat or lie outside 0..{patches - 1}.")
         if self.features is not None and self.features.shape[0] != keep.numel():
             raise MethodError(f"{method} returned {self.features.shape[0]} features for {keep.numel()} kept tokens.")
+        if self.separators == "per-group":
+            groups = None if self.groups is None else self.groups.detach().long().cpu()
+            if groups is None or groups.shape != keep.shape or bool((groups.diff() < 0).any()):
+                raise MethodError(f"{method} wants a separator per group but does not give the groups in order.")
+            self.groups = groups
         self.keep = keep
         if self.merged is not None:
             self.merged = MergeMap(*(part.detach().cpu() for part in self.merged))
@@ -103,22 +117,35 @@ def join_views(layout: Layout, plans: Sequence[Plan]) -> Plan:
             torch.cat([m.weight.cpu() for m in maps]),
         )
     info = {f"view{i}.{key}": value for i, plan in enumerate(plans) for key, value in plan.info.items()}
-    return Plan(keep, features, merged, plans[0].positions, plans[0].separators, info=info)
+    first = plans[0]
+    groups = None
+    if all(plan.groups is not None for plan in plans):
+        parts, offset = [], 0
+        for plan in plans:
+            assert plan.groups is not None
+            parts.append(plan.groups.cpu() + offset)
+            offset = int(parts[-1].max()) + 1
+        groups = torch.cat(parts)
+    return Plan(
+        keep, features, merged, first.positions, first.separators, info=info, groups=groups, separator=first.separator
+    )
 
 
 def reading_order(layout: Layout, plan: Plan) -> tuple[Tensor, Tensor]:
     """Tokens of the item that survive, in the order in which the LLM reads them.
 
-    Without row separators the order of ``plan.keep`` is the reading order and the separators that belong to
-    no view follow at the end. With row separators survivors and separators are arranged by frame and row.
+    Without row separators, and in groups, the order of ``plan.keep`` is the reading order, and the separators that
+    belong to no view follow at the end. Otherwise survivors and row separators are arranged by frame and row.
 
     Returns
     -------
     tokens : Tensor [M + separators]
         Token ids of the item (separators included).
     slots : Tensor [M + separators]
-        Index into ``plan.keep`` of every token, -1 for separators.
+        Index into ``plan.keep`` of every token, -1 for separators, -2 for tokens that become a separator.
     """
+    if plan.separators in ("drop", "per-frame", "per-group"):
+        return _one_each(layout, plan)
     keep = plan.keep
     patch_tokens = layout.patch_tokens[keep]
     separators = (~layout.is_patch).nonzero().flatten()
@@ -142,6 +169,50 @@ def reading_order(layout: Layout, plan: Plan) -> tuple[Tensor, Tensor]:
     else:
         order = _stable_by(frame, tokens)
     return tokens[order], slots[order]
+
+
+def _one_each(layout: Layout, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Reading order without separators, or with one behind each frame or group."""
+    tokens, slots = layout.patch_tokens[plan.keep], torch.arange(plan.keep.numel())
+    if plan.separators == "drop":
+        return tokens, slots
+    views = torch.arange(len(layout.views)) if plan.views is None else plan.views
+    if plan.separators == "per-frame":
+        owner = layout.view[tokens]
+        order = _stable_by(owner, tokens)
+        tokens, slots, ends = tokens[order], order, views.tolist()
+        sizes = torch.bincount(owner, minlength=len(layout.views))[views].tolist()
+    else:
+        assert plan.groups is not None
+        sizes = torch.unique_consecutive(plan.groups, return_counts=True)[1].tolist()
+        ends = layout.view[tokens[torch.tensor(sizes).cumsum(0) - 1]].tolist()
+    taker = _Separators(layout, tokens, plan.separator is not None)
+    parts: list[tuple[Tensor, Tensor]] = []
+    for part, places, view in zip(tokens.split(sizes), slots.split(sizes), ends, strict=True):
+        parts.append((part, places))
+        found = taker.take(view)
+        if found is not None:
+            parts.append((torch.tensor(found[:1]), torch.tensor(found[1:])))
+    outside = ((~layout.is_patch) & (layout.view < 0)).nonzero().flatten()
+    parts.append((outside, torch.full_like(outside, -1)))
+    return torch.cat([part for part, _ in parts]), torch.cat([places for _, places in parts])
+
+
+class _Separators:
+    """Hands out tokens that can stand as separators, at most once each."""
+
+    def __init__(self, layout: Layout, kept: Tensor, may_replace: bool) -> None:
+        own = ((~layout.is_patch) & (layout.view >= 0)).nonzero().flatten()
+        free = layout.patch_tokens[~torch.isin(layout.patch_tokens, kept)] if may_replace and not own.numel() else own
+        self.mark = -1 if own.numel() else -2
+        self.free: dict[int, list[int]] = {}
+        for token in free.tolist():
+            self.free.setdefault(int(layout.view[token]), []).append(token)
+
+    def take(self, view: int) -> tuple[int, int] | None:
+        """Token and slot of a separator behind a frame: its last free one, or one of the nearest frame that has any."""
+        near = min((v for v, left in self.free.items() if left), key=lambda v: (abs(v - view), v < view), default=None)
+        return None if near is None else (self.free[near].pop(), self.mark)
 
 
 def _stable_by(*keys: Tensor) -> Tensor:

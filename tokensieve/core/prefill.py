@@ -224,7 +224,8 @@ class Planner:
             plan.info = {**plan.info, "tower_tokens": self._tower_tokens(item)}
         if tokens is not None:
             plan = _onto(plan, layout.patches, tokens, layout.patch_tokens, part.patch_tokens)
-            plan.views = kept_views
+            plan.info = {**plan.info, "views": kept_views}
+            plan.views = kept_views if plan.views is None or kept_views is None else kept_views[plan.views]
         item.plan = plan
 
     def _plan_tokens(self, sample: TokenSample) -> Plan:
@@ -317,7 +318,7 @@ def compact(
     Returns
     -------
     The compaction, the origin of every new token, the trace, and the replacements
-    ``(row, new positions, rows of the plan's features)`` per item in the order of ``items``.
+    ``(row, new positions, their embeddings)``.
     """
     batch, length = real.shape
     trace = PrefillTrace(before=real.sum(1).tolist())
@@ -334,6 +335,7 @@ def compact(
         placements[item.row].append(Placement(item.positions, tokens))
         item_of[item.row, item.positions] = number
         patch_of[item.row, item.positions[layout.patch_tokens]] = torch.arange(layout.patches)
+        patch_of[item.row, item.positions[tokens[slots < 0]]] = -1
         token_of[item.row, item.positions] = torch.arange(layout.tokens)
         slot_of[item.row, item.positions[tokens]] = slots
         trace.items.append(
@@ -358,7 +360,13 @@ def compact(
     new_slot = slot_of.gather(1, pick).masked_fill(~compaction.real, -1)
     replacements = []
     for number, item in enumerate(items):
-        if item.plan is not None and item.plan.features is not None:
-            spots = ((tracked.item[item.row] == number) & (new_slot[item.row] >= 0)).nonzero().flatten()
-            replacements.append((number, spots, new_slot[item.row, spots]))
+        assert item.plan is not None
+        mine, slots = tracked.item[item.row] == number, new_slot[item.row]
+        features, separator = item.plan.features, item.plan.separator
+        if features is not None:
+            spots = (mine & (slots >= 0)).nonzero().flatten()
+            replacements.append((item.row, spots, features[slots[spots].to(features.device)]))
+        spots = (mine & (slots == -2)).nonzero().flatten()
+        if separator is not None and spots.numel():
+            replacements.append((item.row, spots, separator.expand(spots.numel(), -1)))
     return compaction, tracked, trace, replacements

@@ -23,7 +23,7 @@ from tokensieve.core.first_attention import FIRST, FirstAttention
 from tokensieve.core.ledger import Ledger
 from tokensieve.core.masks import is_preallocated, padding_mask
 from tokensieve.core.method import Method
-from tokensieve.core.prefill import Planner, PromptItem, compact, locate, pair_text
+from tokensieve.core.prefill import Planner, PromptItem, Tracked, compact, locate, pair_text
 from tokensieve.core.prompt_state import Prompt
 from tokensieve.core.signals import SignalRequest
 from tokensieve.core.tap import EncoderTap
@@ -214,7 +214,7 @@ class Run:
                 self._planner.plan(item, embeds[item.row], counters[item.row])
                 counters[item.row] += 1
             compaction, tracked, trace, replacements = compact(items, real)
-            kwargs = self._shorten(kwargs, compaction, items, replacements)
+            kwargs = self._shorten(kwargs, compaction, tracked, replacements)
         positions, offset = self._positions(kwargs, compaction, ledger, seen)
         kwargs["position_ids"] = positions
         keys = torch.cat((pasts[0], compaction.real), 1)
@@ -233,7 +233,7 @@ class Run:
         self,
         kwargs: dict[str, Any],
         compaction: Compaction,
-        items: list[PromptItem],
+        tracked: Tracked,
         replacements: list[tuple[int, Tensor, Tensor]],
     ) -> dict[str, Any]:
         """Gather everything that runs alongside the sequence."""
@@ -243,17 +243,15 @@ class Run:
             embeds = gather_sequence(embeds, compaction.index)
         elif replacements:
             embeds = embeds.clone()
-        for number, spots, slots in replacements:
-            plan = items[number].plan
-            assert plan is not None and plan.features is not None
-            rows = plan.features[slots.to(plan.features.device)].to(embeds)
+        for row, spots, rows in replacements:
             embeds = embeds.clone() if embeds.requires_grad else embeds
-            embeds[items[number].row, spots.to(embeds.device)] = rows
+            embeds[row, spots.to(embeds.device)] = rows.to(embeds)
         kwargs["inputs_embeds"] = embeds
         planes = kwargs.get("deepstack_visual_embeds")
-        if planes is not None and not compaction.is_identity:
+        patches = tracked.patch >= 0
+        if planes is not None and not (compaction.is_identity and bool((patches == (tracked.item >= 0)).all())):
             kwargs["deepstack_visual_embeds"], kwargs["visual_pos_masks"] = gather_planes(
-                planes, kwargs["visual_pos_masks"], compaction
+                planes, kwargs["visual_pos_masks"], compaction, patches
             )
         return kwargs
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.core.cuts import Cut
-from tokensieve.core.layout import Layout
+from tokensieve.core.layout import Layout, Separators
 from tokensieve.core.signals import unit_of
 from tokensieve.errors import MethodError
 
@@ -43,6 +43,8 @@ class HostFacts:
         Kind of the contrastive pair that the vision tower is half of (``"clip"``, ``"siglip"``), empty for others.
     text_tower
         Where its other half is known to be, if it is (see `tokensieve.pairing`).
+    video_separators
+        Separators of a video: ``"none"``, ``"row"`` behind every grid row, or ``"end"`` behind the video.
     """
 
     family: str
@@ -57,6 +59,7 @@ class HostFacts:
     tiled_images: bool = False
     tower_pair: str = ""
     text_tower: str | None = None
+    video_separators: Separators = "none"
 
 
 @dataclass

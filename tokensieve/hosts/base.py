@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.core.encode import EncodeCall, EncodedItem
-from tokensieve.core.layout import ItemKind
+from tokensieve.core.layout import ItemKind, Separators
 from tokensieve.core.sample import HostFacts
 from tokensieve.core.signals import SIGNALS, Availability, SignalRequest
 from tokensieve.errors import HostError, SignalError
@@ -52,6 +52,7 @@ class Host:
     window_attention: ClassVar[bool] = False
     ragged_frames: ClassVar[str] = ""
     absent: ClassVar[Mapping[str, str]] = {}
+    video_separators: ClassVar[Separators] = "none"
     patch_tokens: ClassVar[bool] = False
     projects_patches: ClassVar[bool] = False
     merges_patches: ClassVar[bool] = False
@@ -91,6 +92,7 @@ class Host:
             tiled_images=self.tiled_images,
             tower_pair=self.tower_pair(base),
             text_tower=self.text_tower(base),
+            video_separators=self.video_separators,
         )
 
     def tower_pair(self, base: Any) -> str:

@@ -19,7 +19,6 @@ from tokensieve.hosts.towers import CLIP_PIXELS, SIGLIP_PIXELS, PictureTower
 class _LlavaHost(Host):
     """What the families share: a picture tower, a square patch grid, videos as stacked frames."""
 
-    video_separators: ClassVar[Separators] = "none"
     projects_patches = True
 
     def side(self, base: Any) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokensieve.core.layout import Layout
 from tokensieve.core.method import Kind, Method, Stage
-from tokensieve.core.plan import Plan
+from tokensieve.core.plan import Plan, SeparatorRule
 from tokensieve.core.registry import register
 from tokensieve.core.sample import DecoderSample, HostFacts, TokenSample
 from tokensieve.errors import MethodError
@@ -321,10 +321,7 @@ class FlashVID(Method):
     kind: ClassVar[Kind] = "merge"
     exact_count: ClassVar[bool] = False
     uniform_views: ClassVar[bool] = True
-    fidelity_note: ClassVar[str] = (
-        "trees are true means unless official=True; on LLaVA-Video the newlines of occupied rows stay, the released "
-        "code has one newline per frame"
-    )
+    fidelity_note: ClassVar[str] = "trees are true means unless official=True"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -388,7 +385,9 @@ class FlashVID(Method):
         if self.official:
             merged = _separated(merged, features.shape[1], features.shape[0] * features.shape[1], several_axes)
         info = {"segments": torch.tensor(segments), "selected": selected}
-        return Plan(merged.source, merged.features, merged.merge_map, self.position_policy, "occupied", info=info)
+        # The released code runs LLaVA-Video with one newline behind every frame, empty ones too.
+        rule: SeparatorRule = "per-frame" if sample.layout.kind == "video" else "occupied"
+        return Plan(merged.source, merged.features, merged.merge_map, self.position_policy, rule, info=info)
 
     def plan_decoder(self, sample: DecoderSample) -> Plan:
         """The most attended share of the visual tokens of one prompt (step 6)."""

@@ -167,8 +167,8 @@ class ToDRE(Selector):
     may_be_empty: ClassVar[bool] = True
     fidelity: ClassVar[Fidelity] = "mostly"
     fidelity_note: ClassVar[str] = (
-        "from the paper's Algorithm 1 and equation 8 without released code; reading order of the kept tokens, newlines "
-        "of rows that keep a token, the pivot without class token, and layers counted from zero are inferred"
+        "from the paper's Algorithm 1 and equation 8 without released code; reading order of the kept tokens, leaving "
+        "out newlines, the pivot without class token, and layers counted from zero are inferred"
     )
 
     def __post_init__(self) -> None:

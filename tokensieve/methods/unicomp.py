@@ -15,9 +15,10 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from tokensieve.core.guided import PairedMethod, ReadingMethod
 from tokensieve.core.layout import Layout
-from tokensieve.core.method import Fidelity, Kind, Method, Stage
-from tokensieve.core.plan import Plan, SeparatorRule
+from tokensieve.core.method import Kind, Stage
+from tokensieve.core.plan import Plan
 from tokensieve.core.registry import register
 from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError
@@ -29,12 +30,16 @@ from tokensieve.ops.similarity import as_float32, unit_vectors
 
 FRAME_RADIUS = 0.005
 TOKEN_RADIUS = 0.2
+VECTORS = "encoder.head_vector@feature"
+NEWLINE = "prompt.newline"
 KEYS = "encoder.mean_key@feature"
 _MAX_PAIRS = 16 * 1024 * 1024
 _TIE_GRID = 1e6
 """Mean similarities are compared in steps of 1e-6, so that equal tokens tie on every processor."""
 
 Metric = Literal["keys", "features"]
+FrameVectors = Literal["head", "mean"]
+FrameSeparators = Literal["published", "none"]
 
 
 class Compressed(NamedTuple):
@@ -301,7 +306,7 @@ def _merged(fused: Tensor, near: Tensor | None, keep: Tensor, starts: Tensor, fr
 
 @register
 @dataclass
-class UniComp(Method):
+class UniComp(PairedMethod, ReadingMethod):
     """UniComp; redundant videos keep fewer tokens than the retention allows.
 
     Parameters
@@ -309,6 +314,15 @@ class UniComp(Method):
     metric
         Similarity of tokens between ``"keys"`` of the last used encoder layer, mean over heads (recommended by
         the authors), or between ``"features"``.
+    frame_vectors
+        Uniqueness of frames between what SigLIP's pooling head makes of them (``"head"``, as in the published
+        figures; the head is loaded beside the host), or between mean tokens (``"mean"``). None takes the head on
+        SigLIP towers of a known pair and wherever ``text_tower`` is given.
+    separators
+        ``"published"`` puts a separator behind every fused frame, a newline embedding of the host's grid or else that
+        of a line break; ``"none"`` puts none.
+    text_tower, tokenizer
+        See `PairedMethod` and `ReadingMethod`.
     frame_radius, token_radius
         Uniqueness up to which a frame joins a group, and below which a token is absorbed.
     automatic
@@ -319,6 +333,8 @@ class UniComp(Method):
     """
 
     metric: Metric = "keys"
+    frame_vectors: FrameVectors | None = None
+    separators: FrameSeparators = "published"
     frame_radius: float = FRAME_RADIUS
     token_radius: float = TOKEN_RADIUS
     automatic: bool = False
@@ -332,10 +348,8 @@ class UniComp(Method):
     stages: ClassVar[tuple[Stage, ...]] = ("tokens",)
     kind: ClassVar[Kind] = "merge"
     exact_count: ClassVar[bool] = False
-    fidelity: ClassVar[Fidelity] = "mostly"
     fidelity_note: ClassVar[str] = (
-        "frame uniqueness is measured between mean tokens, the published figures take a global frame vector from a "
-        "pooling head; and no separator embedding is added behind every fused frame"
+        "exact with SigLIP towers of a known pair; elsewhere frame uniqueness is measured between mean tokens"
     )
     uniform_views: ClassVar[bool] = True
 
@@ -345,10 +359,23 @@ class UniComp(Method):
             raise MethodError(f"token_radius is {self.token_radius}, but it must be at least 0; published is 0.2.")
         if self.metric not in get_args(Metric):
             raise MethodError(f"metric {self.metric!r} is unknown; use 'keys' or 'features'.")
+        if self.frame_vectors is not None and self.frame_vectors not in get_args(FrameVectors):
+            raise MethodError(f"frame_vectors {self.frame_vectors!r} is unknown; use 'head' or 'mean'.")
+        if self.separators not in get_args(FrameSeparators):
+            raise MethodError(f"separators {self.separators!r} is unknown; use 'published' or 'none'.")
+
+    def _vectors(self, facts: HostFacts | None) -> FrameVectors:
+        if self.frame_vectors is not None:
+            return self.frame_vectors
+        known = facts is not None and facts.tower_pair == "siglip" and facts.text_tower is not None
+        return "head" if known or self.text_tower is not None else "mean"
 
     def signals(self, facts: HostFacts) -> tuple[str, ...]:
-        """Mean keys of the last used encoder layer, or nothing but the features."""
-        return (KEYS,) if self.metric == "keys" else ()
+        """Mean keys of the last used layer, frame vectors of the pooling head, and a line break, as options ask."""
+        wanted: tuple[str, ...] = (KEYS,) if self.metric == "keys" else ()
+        if self._vectors(facts) == "head":
+            wanted += (VECTORS,)
+        return (*wanted, NEWLINE) if self.separators == "published" and facts.video_separators != "row" else wanted
 
     def token_count(self, layout: Layout) -> int | None:
         """Depends on how redundant the video is."""
@@ -363,6 +390,7 @@ class UniComp(Method):
             keys=sample.signal(KEYS).to(features.device).view(*features.shape[:2], -1)
             if self.metric == "keys"
             else None,
+            frame_vectors=sample.signal(VECTORS) if self._vectors(sample.facts) == "head" else None,
             frame_radius=self.frame_radius,
             token_radius=self.token_radius,
             automatic=self.automatic,
@@ -370,9 +398,14 @@ class UniComp(Method):
         )
         merged, starts = result.merged, result.starts
         info = {"group_start": starts, "group_budget": result.budgets, "group_count": result.kept}
-        rule: SeparatorRule = "in-place"
-        views = None
-        if sample.layout.kind == "video":
-            # Newlines follow the frames that remain; none are left when fusing frames was enough.
-            rule, views = "after-frame", starts[:0] if result.early else starts
-        return Plan(merged.source, merged.features, merged.merge_map, self.position_policy, rule, views, info)
+        plan = Plan(merged.source, merged.features, merged.merge_map, self.position_policy, info=info)
+        if sample.layout.kind == "image":
+            return plan
+        if result.early or self.separators == "none":
+            # None are left where fusing frames was enough, but for the host's own behind the video.
+            plan.views = starts[:0]
+            return plan
+        plan.separators = "per-group"
+        plan.groups = torch.arange(starts.numel()).repeat_interleave(result.kept)
+        plan.separator = sample.signals.get(NEWLINE)
+        return plan

@@ -96,8 +96,8 @@ def find_tokenizer(given: Any, model: Any) -> Any:
     name = given or getattr(model, "name_or_path", "") or ""
     if not name:
         raise HostError(
-            "The model does not say which checkpoint it came from, so that its prompts cannot be read; give its "
-            "processor as tokenizer=... or the words as question=...."
+            "The model does not say which checkpoint it came from, so that there is no tokenizer to read its prompts "
+            "with; give its processor as tokenizer=...."
         )
     return _load_tokenizer(str(name))
 
@@ -112,8 +112,8 @@ def _load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except library_errors() as error:
         raise HostError(
-            f"The tokenizer of {name} cannot be loaded to read the question ({brief_error(error)}); give the "
-            "processor as tokenizer=... or the words as question=...."
+            f"The tokenizer of {name} cannot be loaded to read prompts ({brief_error(error)}); give the model's "
+            "processor as tokenizer=...."
         ) from error
 
 
