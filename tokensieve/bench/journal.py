@@ -33,6 +33,8 @@ class Journal:
     ----------
     units
         (setting, clip) -> unit, of earlier runs and this one.
+    refused
+        Setting -> why the model cannot run it.
 
     Raises
     ------
@@ -43,6 +45,7 @@ class Journal:
     def __init__(self, path: str | Path, configuration: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.units: dict[tuple[str, str], Unit] = {}
+        self.refused: dict[str, str] = {}
         header = {"format": _FORMAT, "configuration": json.loads(json.dumps(configuration))}
         self._file: BinaryIO | None = None
         try:
@@ -75,6 +78,12 @@ class Journal:
         self._write({"unit": unit})
         self.units[unit["setting"], unit["clip"]] = unit
 
+    def refuse(self, setting: str, reason: str) -> None:
+        """Keep why a setting cannot run."""
+        if self.refused.get(setting) != reason:
+            self._write({"refused": {"setting": setting, "reason": reason}})
+            self.refused[setting] = reason
+
     def _write(self, line: Mapping[str, Any]) -> None:
         assert self._file is not None
         try:
@@ -103,6 +112,8 @@ class Journal:
                     )
                 if number == 1:
                     self._check(row, header)
+                elif "refused" in row:
+                    self.refused[row["refused"]["setting"]] = row["refused"]["reason"]
                 else:
                     unit = row["unit"]
                     self.units[unit["setting"], unit["clip"]] = unit

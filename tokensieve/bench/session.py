@@ -82,8 +82,8 @@ class Session:
     def run_clip(self, items: Sequence[Item], settings: Sequence[Setting]) -> Iterator[Unit]:
         """Ask the questions of one clip under some settings, in order; one unit each as soon as it is done.
 
-        A setting that fails on the clip gives a unit with an ``error`` instead of answers. The first clip of a session
-        runs once before anything is timed.
+        A setting that fails on the clip gives a unit with an ``error`` instead of answers. A session begins with a run
+        that is not timed.
         """
         wanted = [setting for setting in settings if setting in self.runs]
         if not wanted:
@@ -91,9 +91,8 @@ class Session:
         clip = self._prompts(items)
         encodings: dict[str, Encoding] = {}
         if not self._warm:
-            for setting in wanted:
-                self._unit(setting, items[0].clip, clip, encodings)
-            self._warm = True
+            self._unit(wanted[0], items[0].clip, clip, encodings)
+            self._warm, encodings = True, {}
         for setting in wanted:
             yield self._unit(setting, items[0].clip, clip, encodings)
 
@@ -102,8 +101,8 @@ class Session:
         wanted: dict[str, tuple[Any, dict[str, None]]] = {}
         for run in self.runs.values():
             if not encodes_itself(run.methods):
-                tower, signals = wanted.setdefault(_tower_key(run.methods), (_tower(run.methods), {}))
-                signals.update(dict.fromkeys(_tower_signals(run)))
+                mine = wanted.setdefault(_tower_key(run.methods), (_tower(run.methods), {}))
+                mine[1].update(dict.fromkeys(map(str, run.requests)))
         host = host_for(self.model)
         return {
             key: Run(self.model, host, [Collector(wanted=tuple(signals), text_tower=tower)])
@@ -195,10 +194,6 @@ def _measured(run: Run, questions: int, encode: float) -> Unit:
         if change is not None:
             flops |= {stage: change.after / questions, f"{stage}_full": change.before / questions}
     return {"tokens": tokens, "seconds": {"encode": encode, **seconds}, "flops": flops}
-
-
-def _tower_signals(run: Run) -> list[str]:
-    return [str(request) for request in run.requests]
 
 
 def _tower(methods: Sequence[Method]) -> Any:

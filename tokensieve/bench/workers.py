@@ -1,0 +1,123 @@
+"""Processes that share the clips of a benchmark, each with a model of its own and one thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tokensieve.bench.asking import PromptStyle
+from tokensieve.bench.config import BenchConfig, load_items, model_folder
+from tokensieve.bench.data import by_clip
+from tokensieve.bench.journal import Unit
+from tokensieve.bench.session import Session
+from tokensieve.bench.settings import Setting
+from tokensieve.errors import BenchError, TokensieveError
+
+__all__ = ["Message", "Task", "in_processes", "open_session", "run_tasks"]
+
+Task = tuple[str, tuple[Setting, ...]]
+"""A clip and the settings that it still needs."""
+
+Message = tuple[str, Any]
+_PATIENCE = 1.0
+
+
+def in_processes(
+    config: BenchConfig, settings: Sequence[Setting], style: PromptStyle, tasks: Sequence[Task], workers: int
+) -> Iterator[Message]:
+    """Run tasks in several processes.
+
+    Yields
+    ------
+    tuple
+        ``("refused", {setting key: reason})`` and ``("unit", unit)`` as they come.
+
+    Raises
+    ------
+    TokensieveError
+        What a process met that a user can put right.
+    BenchError
+        When a process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting, results = context.Queue(), context.Queue()
+    for task in tasks:
+        waiting.put(task)
+    count = min(workers, len(tasks))
+    for _ in range(count):
+        waiting.put(None)
+    processes = [
+        context.Process(target=_work, args=(config, tuple(settings), style, waiting, results), daemon=True)
+        for _ in range(count)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        running = count
+        while running:
+            try:
+                kind, content = results.get(timeout=_PATIENCE)
+            except queue.Empty:
+                dead = next((process for process in processes if process.exitcode not in (None, 0)), None)
+                if dead is not None:
+                    raise BenchError(
+                        f"A worker process ended with code {dead.exitcode}, perhaps for lack of memory; run again with "
+                        "fewer --workers, it goes on where it stopped."
+                    ) from None
+                continue
+            if kind == "done":
+                running -= 1
+            elif kind == "error":
+                raise content
+            else:
+                yield kind, content
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+        # Tasks that nobody took must not keep the interpreter from ending.
+        waiting.cancel_join_thread()
+
+
+def _work(config: BenchConfig, settings: Sequence[Setting], style: PromptStyle, tasks: Any, results: Any) -> None:
+    """Body of one process."""
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    try:
+        session, grouped = open_session(config, settings, style), by_clip(load_items(config))
+        results.put(("refused", {setting.key: reason for setting, reason in session.refused.items()}))
+        while (task := tasks.get()) is not None:
+            clip, wanted = task
+            for unit in session.run_clip(grouped[clip], wanted):
+                results.put(("unit", unit))
+    except TokensieveError as error:
+        results.put(("error", error))
+    else:
+        results.put(("done", None))
+
+
+def open_session(config: BenchConfig, settings: Sequence[Setting], style: PromptStyle) -> Session:
+    """Load the model of a benchmark and prepare its settings."""
+    from transformers.utils import logging
+
+    from tokensieve.load import load_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model, processor = load_model(model_folder(config), config.dtype, config.device, config.attn)
+    return Session(model, processor, settings, style, config.seed, config.batch, config.options)
+
+
+def run_tasks(session: Session, grouped: Any, tasks: Sequence[Task]) -> Iterator[Message]:
+    """Run tasks in this process; yields as `in_processes`."""
+    yield "refused", {setting.key: reason for setting, reason in session.refused.items()}
+    for clip, wanted in tasks:
+        for unit in session.run_clip(grouped[clip], wanted):
+            found: Unit = unit
+            yield "unit", found
