@@ -1,4 +1,4 @@
-"""The command line: ``tokensieve ask | view | list | check | profile | serve | batch``."""
+"""The command line: ``tokensieve ask | view | list | check | profile | bench | serve | batch``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tokensieve.cli._console import out
 from tokensieve.cli._group import TokensieveGroup
 from tokensieve.cli.ask import ask
 from tokensieve.cli.batch import batch
+from tokensieve.cli.bench import bench
 from tokensieve.cli.check import check
 from tokensieve.cli.demo import demo
 from tokensieve.cli.listing import list_app
@@ -55,6 +56,7 @@ app.command("view")(view)
 app.add_typer(list_app, name="list")
 app.command("check")(check)
 app.command("profile")(profile)
+app.command("bench")(bench)
 app.command("demo")(demo)
 app.command("serve")(serve)
 app.command("batch")(batch)
