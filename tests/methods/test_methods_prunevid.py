@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
+import tokensieve
 from tokensieve.core.layout import Layout
 from tokensieve.core.registry import build
-from tokensieve.core.sample import TokenSample
+from tokensieve.core.sample import DecoderSample, HostFacts, TokenSample
 from tokensieve.errors import MethodError
+from tokensieve.hosts import tiny
 from tokensieve.methods.prunevid import (
+    TEXT,
+    PruneVid,
     Scenes,
     find_scenes,
     group_clusters,
@@ -203,3 +209,108 @@ def test_selection_takes_the_best_of_every_part() -> None:
 def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(MethodError, match="must be"):
         build("prunevid-merge", options)
+
+
+def _select_by_hand(model: Any, embeds: torch.Tensor, method: PruneVid, run: Any, start: int) -> tuple[Any, list[int]]:
+    """The selection from the eager attention of the whole merged prompt, and states of the layers behind it."""
+    text, item = model.model.language_model, run.history[-1].items[0]
+    (cut,) = method.decoder_layers(run.facts)
+    length = embeds.shape[1]
+    hidden, mask = embeds, torch.full((length, length), float("-inf")).triu(1)[None, None]
+    tables = text.rotary_emb(hidden, torch.arange(length)[None])
+    for layer in text.layers[:cut]:
+        normed = layer.input_layernorm(hidden)
+        out, weights = layer.self_attn(normed, position_embeddings=tables, attention_mask=mask)
+        hidden = hidden + out
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    visual = item.keep.numel()
+    # Behind the video stand its newline embeddings, which are no text.
+    scores = question_scores(weights[0, :, start + visual + item.separators :, start : start + visual])
+    scenes, tokens = item.info["segments"].tolist(), item.info["static"].shape[1]
+    static, dynamic = [], []
+    for number, (first, last) in enumerate(scenes):
+        inside = (item.keep // tokens >= first) & (item.keep // tokens <= last)
+        still = item.info["static"][number][item.keep % tokens]
+        static.append(int((inside & still).sum()))
+        dynamic.append(int((inside & ~still).sum()))
+    frames = [last - first + 1 for first, last in scenes]
+    kept = select_for_question(scores, static, dynamic, frames, method.alpha)
+    rest = [*range(start), *(start + kept).tolist(), *range(start + visual, length)]
+    hidden, tables = hidden[:, rest], tuple(table[:, rest] for table in tables)
+    for layer in text.layers[cut:]:
+        hidden = layer(hidden, position_embeddings=tables, attention_mask=mask[..., : len(rest), : len(rest)])
+    return text.norm(hidden), item.keep[kept].tolist()
+
+
+def test_selection_for_the_question() -> None:
+    """Selection and states equal layers run by hand; all caches hold the same; what follows counts on from before."""
+    model, processor = tiny.load("llava_onevision")
+    model.eval().set_attn_implementation("eager")
+    inputs: Any = tiny.example_inputs("llava_onevision", processor, batch=1)
+    seen: list[dict[str, Any]] = []
+    text = model.model.language_model
+    method = PruneVid(retention=0.9, scenes=0.5, threshold=0.05)
+    cache = DynamicCache(config=model.config.get_text_config())
+    start = int((inputs["input_ids"][0] == model.config.video_token_id).nonzero()[0])
+    with torch.no_grad(), tokensieve.compress(model, method) as run:
+        spy = text.layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append({"hidden": args[0], **kwargs}), with_kwargs=True
+        )
+        states = model.model(**inputs, past_key_values=cache).last_hidden_state
+        expected, kept = _select_by_hand(model, seen[0]["hidden"], method, run, start)
+        (cut,) = method.decoder_layers(run.facts)
+        assert sorted(run.history[-1].items[0].decoder[cut].tolist()) == sorted(kept)
+        assert 0 < len(kept) < run.history[-1].items[0].keep.numel()
+        assert torch.allclose(states, expected, atol=1e-5)
+        assert [layer.get_seq_length() for layer in cache.layers] == [states.shape[1]] * len(cache.layers)
+        ids = torch.cat((inputs["input_ids"], torch.tensor([[5]])), dim=1)
+        assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+        model.model(input_ids=ids[:, -1:], attention_mask=torch.ones_like(ids), past_key_values=cache)
+        spy.remove()
+    merged = seen[0]["hidden"].shape[1]
+    assert torch.equal(seen[-1]["position_embeddings"][0], text.rotary_emb(states, torch.tensor([[merged]]))[0])
+    assert [layer.get_seq_length() for layer in cache.layers] == [states.shape[1] + 1] * len(cache.layers)
+
+
+def test_eviction_needs_no_growing_cache() -> None:
+    """Entries of a preallocated cache are masked instead; a later cut of another kind leaves its own lengths."""
+    model, processor = tiny.load("llava_onevision")
+    model.eval()
+    inputs: Any = tiny.example_inputs("llava_onevision", processor, batch=2)
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with torch.no_grad(), tokensieve.compress(model, "prunevid:retention=0.6,layer=1+fastv:layer=3,retention=0.5"):
+        cache = DynamicCache(config=model.config.get_text_config())
+        expected = model.generate(**inputs, past_key_values=cache, **options)
+        lengths = [layer.get_seq_length() for layer in cache.layers]
+        assert lengths[0] == lengths[1] == lengths[2] > lengths[3] == lengths[4]
+        static = StaticCache(config=model.config.get_text_config(), max_cache_len=expected.shape[1])
+        assert torch.equal(model.generate(**inputs, past_key_values=static, **options), expected)
+
+
+def test_groups_of_a_few_tokens() -> None:
+    """Where no group keeps a token by its share, the best token stays."""
+    attention = torch.rand(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    sample = DecoderSample(
+        torch.zeros(6, 4),
+        11,
+        6,
+        torch.arange(6) // 2,
+        torch.zeros(6, dtype=torch.long),
+        {TEXT: attention},
+        patch=torch.arange(6),
+        infos=[{"segments": torch.tensor([[0, 2]]), "static": torch.zeros(1, 2, dtype=torch.bool)}],
+    )
+    plan = PruneVid().plan_decoder(sample)
+    assert plan.keep.tolist() == [int(attention.amax((0, 1)).argmax())]
+    assert plan.fate == "evicted"
+    assert PruneVid(alpha=0.5).plan_decoder(sample).keep.numel() == 3
+    with pytest.raises(MethodError, match="alpha is 0"):
+        PruneVid(alpha=0.0)
+
+
+def test_layers_of_the_selection() -> None:
+    def cut(layers: int, deepstack: int = 0, **options: Any) -> int:
+        return PruneVid(**options).decoder_layers(HostFacts("any", layers, 24, 22, False, 1, deepstack))[0]
+
+    assert (cut(32), cut(28), cut(36, 3), cut(5), cut(5, 2)) == (11, 11, 11, 2, 2)
+    assert cut(32, layer=4) == 5

@@ -3,15 +3,15 @@
 Based on "PruneVid: Visual Token Pruning for Efficient Video Large Language Models" (arXiv 2412.16117, ACL Findings
 2025). In front of the LLM frames are clustered into scenes; patches that hardly change inside a scene are averaged over
 its frames, and both these and the others are clustered in space. Inside the LLM the tokens that any question token
-attends to survive; that part is here as functions on an attention map.
+attends to survive, also in the caches of the layers that have run.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from tokensieve.core.layout import Layout
 from tokensieve.core.method import Fidelity, Kind, Method, Stage
 from tokensieve.core.plan import Plan
 from tokensieve.core.registry import register
-from tokensieve.core.sample import TokenSample
+from tokensieve.core.sample import DecoderSample, HostFacts, TokenSample
 from tokensieve.errors import MethodError
 from tokensieve.ops.allocate import keep_count
 from tokensieve.ops.merge import MergedTokens, MergeMap, join_merged, mean_merge
 from tokensieve.ops.peaks import peak_clusters
-from tokensieve.ops.select import top_mask
+from tokensieve.ops.select import top_indices, top_mask
 from tokensieve.ops.similarity import as_float32, unit_vectors
 
 SCENES = 0.25
@@ -34,6 +34,9 @@ CLUSTERS = 0.5
 NEIGHBOURS = 7
 SMALL = 14
 ALPHA = 0.4
+LAYER, DEPTH = 10, 32
+"""Layer behind which the question selects, and the number of layers of the published model."""
+TEXT = "decoder.text_attention"
 
 Segments = list[tuple[int, int]]
 
@@ -311,9 +314,6 @@ def select_for_question(
 class PruneVidMerge(Method):
     """The part of PruneVid in front of the LLM, as tables of tokens in front of the LLM compare it.
 
-    The published method goes on inside the LLM with the attention of all question tokens and drops tokens from the
-    caches of earlier layers as well; `question_scores` and `select_for_question` are that part.
-
     Parameters
     ----------
     retention
@@ -365,6 +365,86 @@ class PruneVidMerge(Method):
         ratio, small = self.cluster_ratio, SMALL
         if ratio is None:
             ratio, small = ratio_for_budget(found, keep_count(sample.layout.patches, self.retention))
-        merged, *_ = merge_scenes(features, found, ratio, small=small, neighbours=self.neighbours)
+        merged, *sizes = merge_scenes(features, found, ratio, small=small, neighbours=self.neighbours)
         info = {"segments": torch.tensor(found.segments), "static": found.static, "cluster_ratio": ratio}
-        return Plan(merged.source, merged.features, merged.merge_map, self.position_policy, "occupied", info=info)
+        plan = Plan(merged.source, merged.features, merged.merge_map, self.position_policy, "occupied", info=info)
+        if sample.layout.kind == "video":
+            # Merged tokens have no grid row: one newline of those that the host has stays behind every segment.
+            per_segment = torch.tensor(sizes).sum(0)
+            plan.separators = "per-group"
+            plan.groups = torch.arange(per_segment.numel()).repeat_interleave(per_segment)
+        return plan
+
+
+@register
+@dataclass
+class PruneVid(PruneVidMerge):
+    """PruneVid as a whole: merging in front of the LLM, and a selection for the question behind one of its layers.
+
+    Parameters
+    ----------
+    alpha
+        Share of the merged tokens that survives the selection, ``int(size * alpha)`` of the static tokens of every
+        segment and of each frame's other tokens; the best token stays where that is none. Published: 0.4.
+    layer
+        M: the selection is behind this decoder layer, counted from zero; None takes 10 where the LLM has more than 20
+        layers, and the same share of the depth elsewhere.
+    """
+
+    alpha: float = ALPHA
+    layer: int | None = None
+
+    name: ClassVar[str] = "prunevid"
+    title: ClassVar[str] = "PruneVid"
+    stages: ClassVar[tuple[Stage, ...]] = ("tokens", "decoder")
+    fidelity_note: ClassVar[str] = (
+        "meeting a retention, places of merged tokens on hosts other than PLLaVA and the layer of LLMs that are not 32 "
+        "deep are inferred; a picture, or a video of one frame, is a segment of its own"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.alpha <= 1.0:
+            raise MethodError(f"alpha is {self.alpha}, but it must be above 0 and at most 1; published is 0.4.")
+
+    def decoder_layers(self, facts: HostFacts) -> tuple[int, ...]:
+        """In front of the layer behind M."""
+        if self.layer is not None:
+            return (self.layer + 1,)
+        deep = facts.decoder_layers > 2 * LAYER
+        behind = LAYER if deep else max(0, min(facts.decoder_layers * LAYER // DEPTH, facts.decoder_layers - 2))
+        return (max(1, behind + 1, facts.deepstack_layers),)
+
+    def decoder_signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Attention of the text behind the video."""
+        return (TEXT,)
+
+    def plan_decoder(self, sample: DecoderSample) -> Plan:
+        """Select inside every group of every visual item, and leave the caches of the layers before alike."""
+        scores = question_scores(sample.signal(TEXT)).cpu()
+        kept = []
+        for number, info in enumerate(sample.infos):
+            mine = (sample.item == number).nonzero()[:, 0]
+            groups = self._groups(sample, mine, info)
+            for group in groups.unique().tolist():
+                members = mine[groups == group]
+                kept.append(members[top_indices(scores[members], int(members.numel() * self.alpha))])
+        keep = torch.cat(kept).sort().values
+        if keep.numel() == 0:
+            keep = scores.argmax()[None]
+        return Plan(keep, positions="original", fate="evicted")
+
+    @staticmethod
+    def _groups(sample: DecoderSample, mine: Tensor, info: Mapping[str, Any]) -> Tensor:
+        """Group that every token of an item competes in: the static ones of a segment, the others of a frame."""
+        if "segments" not in info:
+            return sample.view[mine]
+        assert sample.patch is not None
+        tokens = info["static"].shape[1]
+        frame, cell = sample.patch[mine] // tokens, sample.patch[mine] % tokens
+        if "views" in info:
+            frame = torch.searchsorted(info["views"], frame)
+        segment = torch.searchsorted(info["segments"][:, 1].contiguous(), frame)
+        static = info["static"].cpu()[segment, cell]
+        # Frames have numbers from zero on, segments below zero.
+        return torch.where(static, -1 - segment, frame)
