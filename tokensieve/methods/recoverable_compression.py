@@ -3,19 +3,24 @@
 Based on "Recoverable Compression: A Multimodal Vision Token Recovery Mechanism Guided by Text Information" (arXiv
 2409.01179, AAAI 2025). There is no fixed budget: the share of statistical outliers among the scores says how many
 tokens are kept, how many are recovered for the question, and around how many centres the rest is merged.
-
-The functions need the text tower of a CLIP model and the tokens in front of the projector, which the runtime does
-not hand to methods, so there is no registered method of this name.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokensieve.core.guided import GuidedMethod
+from tokensieve.core.layout import Layout
+from tokensieve.core.method import Kind, Stage
+from tokensieve.core.plan import Plan, join_views
+from tokensieve.core.registry import register
+from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError
+from tokensieve.ops.merge import MergeMap
 from tokensieve.ops.outliers import outlier_ratio
 from tokensieve.ops.select import top_indices
 from tokensieve.ops.similarity import as_float32, unit_vectors
@@ -24,6 +29,11 @@ FILTER_NEIGHBOURS = 20
 CENTRE_NEIGHBOURS = 10
 MERGED_NEIGHBOURS = 32
 TEXT_WEIGHT = 50.0
+STATES = "encoder.states@feature"
+KEYS = "encoder.joined_keys@last"
+ATTENTION = "encoder.joined_class_attention@last"
+PROJECTED = "encoder.projected@last"
+QUESTION = "prompt.question_last_state"
 
 
 class Selection(NamedTuple):
@@ -63,12 +73,15 @@ class Recovered(NamedTuple):
         int64 patch ids of the first two parts.
     has_extra : bool
         Whether the last token stands for the remainder.
+    merge_map : MergeMap
+        Weight of every patch in every token.
     """
 
     features: Tensor
     kept: Tensor
     centres: Tensor
     has_extra: bool
+    merge_map: MergeMap
 
 
 def text_similarity(last_hidden: Tensor, visual_projection: Tensor, text: Tensor) -> Tensor:
@@ -100,7 +113,12 @@ def text_similarity(last_hidden: Tensor, visual_projection: Tensor, text: Tensor
             f"{tuple(text.shape)} do not fit together; pass [B, N+1, D], [P, D] and [B, P]."
         )
     projected = as_float32(last_hidden)[:, 1:] @ as_float32(visual_projection).T
-    return (unit_vectors(text).unsqueeze(1) @ unit_vectors(projected).transpose(1, 2)) * width**-0.5
+    return scaled_cosine(projected, text)
+
+
+def scaled_cosine(projected: Tensor, text: Tensor) -> Tensor:
+    """Cosine of projected patches ``[B, N, P]`` and texts ``[B, P]`` over the root of P, ``[B, 1, N]``."""
+    return (unit_vectors(text).unsqueeze(1) @ unit_vectors(projected).transpose(1, 2)) * projected.shape[-1] ** -0.5
 
 
 def undivided_class_attention(q: Tensor, k: Tensor) -> Tensor:
@@ -211,18 +229,28 @@ def merge_rest(
     centres = top_indices(weight, count, order="rank")
     others = torch.ones(size, dtype=torch.bool, device=rest.device)
     others[centres] = False
-    parts = [features[kept]]
+    # Rows of weights over the rest: one per centre, and one for what is left.
+    rows = []
     if count:
         units = unit_vectors(keys[:size] if official else keys[rest])
         affinity = units[centres] @ units.T + text
         affinity.scatter_(1, centres.unsqueeze(1), float("-inf"))
         near = top_indices(affinity, min(merged, size - 1))
         shares = torch.zeros_like(affinity).scatter_(1, near, weight[near])
-        parts.append((values[centres] + shares @ values).to(features.dtype))
+        rows.append(shares.scatter_(1, centres.unsqueeze(1), 1.0))
     extra = bool(others.any()) and (count > 0 or (kept.numel() == 0 and not official))
     if extra:
-        parts.append((weight[others] @ values[others]).unsqueeze(0).to(features.dtype))
-    return Recovered(torch.cat(parts), kept, rest[centres], extra)
+        rows.append((weight * others).unsqueeze(0))
+    mixing = torch.cat(rows) if rows else values.new_zeros(0, size)
+    target, source = mixing.nonzero().unbind(1)
+    places = torch.arange(kept.numel(), device=kept.device)
+    merge_map = MergeMap(
+        torch.cat((kept, rest[source])),
+        torch.cat((places, kept.numel() + target)),
+        torch.cat((mixing.new_ones(kept.numel()), mixing[target, source])).float(),
+    )
+    found = torch.cat((features[kept], (mixing @ values).to(features.dtype)))
+    return Recovered(found, kept, rest[centres], extra, merge_map)
 
 
 def compress(hidden: Tensor, q: Tensor, k: Tensor, similarity: Tensor, official: bool = False) -> Recovered:
@@ -247,3 +275,94 @@ def compress(hidden: Tensor, q: Tensor, k: Tensor, similarity: Tensor, official:
     attention = undivided_class_attention(q[None], k[None])[0]
     selection = select_outliers(attention, similarity)
     return merge_rest(hidden[1:], k[1:], attention, selection, official=official)
+
+
+@register
+@dataclass
+class RecoverableCompression(GuidedMethod):
+    """Recoverable Compression, frame by frame; the number of tokens follows from the picture and the question.
+
+    Parameters
+    ----------
+    retention
+        1 switches the method off; any other value changes nothing, as outlier tests decide (about 10 % remain).
+    filter_neighbours, centre_neighbours
+        k of the outlier tests for kept tokens and for centres.
+    merged
+        Tokens added to each centre.
+    text_weight
+        Weight of the likeness to the question beside that of keys in the choice of these tokens.
+    official
+        Reproduce the released code, see `merge_rest`.
+    question, text_tower, tokenizer
+        See `GuidedMethod`; the question is cut at its first line break.
+    """
+
+    retention: float = 0.1
+    filter_neighbours: int = FILTER_NEIGHBOURS
+    centre_neighbours: int = CENTRE_NEIGHBOURS
+    merged: int = MERGED_NEIGHBOURS
+    text_weight: float = TEXT_WEIGHT
+    official: bool = False
+
+    name: ClassVar[str] = "recoverable-compression"
+    title: ClassVar[str] = "Recoverable Compression"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2409.01179"
+    venue: ClassVar[str] = "AAAI 2025"
+    code: ClassVar[str] = "https://github.com/banjiuyufen/Recoverable-Compression"
+    stages: ClassVar[tuple[Stage, ...]] = ("tokens",)
+    kind: ClassVar[Kind] = "merge"
+    exact_count: ClassVar[bool] = False
+    fidelity_note: ClassVar[str] = (
+        "two slips of the released code are put right unless official=True; the text is the first line of the "
+        "question; use on pooled frames and on mosaics of tiles (without their newlines) is inferred"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("filter_neighbours", "centre_neighbours", "merged"):
+            if getattr(self, option) < 1:
+                raise MethodError(f"{option} is {getattr(self, option)}, but it must be at least 1.")
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """States in front of the projector, keys and class attention of the last layer, and both sides of CLIP."""
+        return STATES, KEYS, ATTENTION, PROJECTED, QUESTION
+
+    def token_count(self, layout: Layout) -> int | None:
+        """Depends on how much stands out."""
+        return None
+
+    def plan_tokens(self, sample: TokenSample) -> Plan:
+        """Every view on its own."""
+        if sample.frames == 1:
+            return self._plan_view(sample)
+        return join_views(sample.layout, [self._plan_view(sample.view(i)) for i in range(sample.frames)])
+
+    def _plan_view(self, sample: TokenSample) -> Plan:
+        """Tokens of one picture: kept ones as they are, merged ones through the projector."""
+        if sample.project is None:
+            raise MethodError(f"{self.name} merges tokens in front of the projector, which the sample does not give.")
+        attention = sample.signal(ATTENTION)
+        text = sample.signal(QUESTION).to(attention.device)
+        similarity = scaled_cosine(sample.signal(PROJECTED)[None], text[None])[0, 0]
+        selection = select_outliers(attention, similarity, self.filter_neighbours)
+        found = merge_rest(
+            sample.signal(STATES),
+            sample.signal(KEYS),
+            attention,
+            selection,
+            neighbours=self.centre_neighbours,
+            merged=self.merged,
+            text_weight=self.text_weight,
+            official=self.official,
+        )
+        kept = found.kept
+        tokens = sample.project(found.features[kept.numel() :]).to(sample.features)
+        features = torch.cat((sample.features[kept.to(tokens.device)], tokens))
+        keep = torch.cat((kept, found.centres))
+        if found.has_extra:
+            # The token of the remainder stands at its most attended patch.
+            loose = selection.rest[~torch.isin(selection.rest, found.centres)]
+            keep = torch.cat((keep, loose[attention[loose].argmax()][None]))
+        info = {"question_similarity": similarity, "visual": selection.visual, "recovered": selection.text}
+        return Plan(keep, features, found.merge_map, self.position_policy, "drop", info=info)
