@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tokensieve.core.sample import DecoderSample
-from tokensieve.methods.dart import DART, KEYS, NORMED, adopt, adoption_quotas, key_pivots, python_set_order
+from tokensieve.methods.dart import DART, KEYS, NORMED, STATES, adopt, adoption_quotas, key_pivots, python_set_order
 
 SYSTEM = "dart"
 
@@ -39,3 +39,11 @@ def test_against_reference(golden: dict[str, Any]) -> None:
     zeros = torch.zeros(visual, dtype=torch.long)
     sample = DecoderSample(states[:visual], 2, visual, zeros, zeros, {KEYS: keys, NORMED: states})
     assert (method.plan_decoder(sample).keep + start).tolist() == golden["kept_ascending_order"].tolist()
+    method.pivot_order, sample.text_item = "cpython", torch.full((start,), -1)
+    assert (method.plan_decoder(sample).keep + start).tolist() == golden["kept"].tolist()
+    # In front of the LLM embeddings stand for both.
+    sample.layer, sample.signals = 0, {STATES: states}
+    expected, texts = key_pivots(states, visual, image.numel(), text.numel())
+    turns = python_set_order(expected.tolist(), texts.tolist(), start)
+    groups = adopt(states, visual, turns, quotas)
+    assert method.plan_decoder(sample).keep.tolist() == torch.cat((expected, *groups)).sort().values.tolist()

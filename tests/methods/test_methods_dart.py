@@ -13,7 +13,7 @@ from tokensieve.core.registry import build
 from tokensieve.core.sample import DecoderSample, HostFacts
 from tokensieve.errors import MethodError
 from tokensieve.hosts import tiny
-from tokensieve.methods.dart import DART, KEYS, NORMED, adopt, adoption_quotas, key_pivots, python_set_order
+from tokensieve.methods.dart import DART, KEYS, NORMED, STATES, adopt, adoption_quotas, key_pivots, python_set_order
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -127,3 +127,53 @@ def test_on_a_model() -> None:
             )
             assert run.history[-1].items[0].decoder[2].numel() == kept[-1].numel()
     assert torch.equal(*kept)
+
+
+def test_in_front_of_the_llm() -> None:
+    """``layer=0``: every layer runs on what input embeddings choose; DeepStack models refuse."""
+    model, processor = tiny.load("llava_onevision")
+    inputs = tiny.example_inputs("llava_onevision", processor)
+    seen: list[torch.Tensor] = []
+    text = model.eval().model.language_model
+    handle = text.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"][0]), with_kwargs=True
+    )
+    cache = DynamicCache(config=model.config.get_text_config())
+    method = DART(retention=0.3, layer=0)
+    with torch.no_grad(), tokensieve.compress(model, method) as run:
+        out = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    handle.remove()
+    item = run.history[-1].items[0]
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    assert lengths == {out.shape[1] - 1 - item.keep.numel() + item.decoder[0].numel()}
+    places = (inputs["input_ids"][0] == model.config.video_token_id).nonzero().flatten()
+    start, behind = int(places[0]), int(places[-1]) + 1
+    states = torch.cat((seen[0][start : start + item.keep.numel()], seen[0][behind:]))
+    zeros = torch.zeros(item.keep.numel(), dtype=torch.long)
+    sample = DecoderSample(states[: zeros.numel()], 0, zeros.numel(), zeros, zeros, {STATES: states})
+    assert torch.equal(method.plan_decoder(sample).keep, item.decoder[0])
+    deep, _ = tiny.build_in_memory("qwen3_vl")
+    with pytest.raises(MethodError, match="cannot cut in front of layer 0: the first 2 layers"):
+        tokensieve.attach(deep, method)
+
+
+def test_renumbering_in_front_of_the_llm() -> None:
+    """Positions counted anew from the first layer on, in the prompt and behind it."""
+    model, processor = tiny.load("llava_onevision")
+    text = model.eval().model.language_model
+    inputs = tiny.example_inputs("llava_onevision", processor, batch=2)
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    seen: list[torch.Tensor] = []
+    handle = text.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_embeddings"][0]), with_kwargs=True
+    )
+    with torch.no_grad(), tokensieve.compress(model, DART(retention=0.3, layer=0, positions="renumber")):
+        together = model.generate(**inputs, **options)[:, -4:]
+        for row in range(2):
+            seen.clear()
+            alone = tiny.example_inputs("llava_onevision", processor, batch=2, row=row)
+            assert torch.equal(model.generate(**alone, **options)[0, -4:], together[row])
+            length = seen[0].shape[1]
+            tables = torch.cat([table[:1] for table in seen], dim=1)
+            assert torch.equal(tables, text.rotary_emb(tables, torch.arange(length + 3)[None])[0])
+    handle.remove()

@@ -15,6 +15,7 @@ from tokensieve.hosts import tiny
 METHODS = [
     "framefusion:retention=0.3",
     "dycoke:retention=0.4",
+    "dart:retention=0.3,layer=0",
     "prunevid:retention=0.5",
     "todre:retention=0.4,threshold=1.01,pivot=center",
     "aim:retention=0.5",

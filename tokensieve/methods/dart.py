@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from tokensieve.ops.similarity import as_float32, unit_vectors
 
 KEYS = "decoder.keys"
 NORMED = "decoder.normed_states"
+STATES = "decoder.states"
+PivotOrder = Literal["ascending", "cpython"]
 EPSILON = 1e-8
 """Lower bound of either norm in the cosine."""
 
@@ -145,6 +147,8 @@ def adopt(states: Tensor, visual: int, pivots: Sequence[int], quotas: Sequence[i
 class DART(Method):
     """DART: one cut in front of decoder layer K, against duplicates of pivot tokens.
 
+    In front of the first layer there are no keys, and the input embeddings stand for keys and states alike.
+
     Parameters
     ----------
     retention
@@ -152,13 +156,16 @@ class DART(Method):
         reduction ratio 0.778 is 1 minus it. Everything is kept of items with fewer visual tokens than twice the
         pivots.
     layer
-        K, counted from zero; None takes 2, or the first layer behind the DeepStack layers.
+        K, counted from zero; None takes 2, or the first layer behind the DeepStack layers. 0 cuts in front of the LLM.
     image_pivots, text_pivots
         Numbers of pivots. Text pivots come from all tokens behind the last visual one.
     tokens
         A number of tokens instead of the share, as in the LLaVA version of the released code.
     exact_total
         Keep exactly the share (or number) asked for, pivots included.
+    pivot_order
+        Order in which pivots take their turns: visual ones then text ones, each ``"ascending"``, or ``"cpython"``, the
+        released code's order of a Python set of their positions.
     """
 
     retention: float = 0.222
@@ -167,6 +174,7 @@ class DART(Method):
     text_pivots: int = 4
     tokens: int | None = None
     exact_total: bool = False
+    pivot_order: PivotOrder = "ascending"
 
     name: ClassVar[str] = "dart"
     title: ClassVar[str] = "DART"
@@ -174,10 +182,10 @@ class DART(Method):
     venue: ClassVar[str] = "EMNLP 2025"
     code: ClassVar[str] = "https://github.com/ZichenWen1/DART"
     stages: ClassVar[tuple[Stage, ...]] = ("decoder",)
+    lowest_layer: ClassVar[int] = 0
     published_positions: ClassVar[Positions] = "original"
     fidelity_note: ClassVar[str] = (
-        "pivots take their turns in ascending order; the released code's order is that of a Python set; newline "
-        "embeddings are kept and never compared"
+        "pivots take their turns in ascending order by default; newline embeddings are kept and never compared"
     )
 
     def __post_init__(self) -> None:
@@ -189,14 +197,18 @@ class DART(Method):
             )
         if self.tokens is not None and self.tokens < 1:
             raise MethodError(f"tokens is {self.tokens}, but at least one must stay; for example 128.")
+        if self.pivot_order not in get_args(PivotOrder):
+            raise MethodError(
+                f"pivot_order must be one of {', '.join(get_args(PivotOrder))}, not {self.pivot_order!r}."
+            )
 
     def decoder_layers(self, facts: HostFacts) -> tuple[int, ...]:
         """K."""
         return (self.layer if self.layer is not None else max(2, facts.deepstack_layers),)
 
     def decoder_signals(self, facts: HostFacts) -> tuple[str, ...]:
-        """Keys of the layer before, and its output behind the final norm."""
-        return (KEYS, NORMED)
+        """Keys of the layer before, and its output behind the final norm; input embeddings in front of the LLM."""
+        return (STATES,) if self.decoder_layers(facts) == (0,) else (KEYS, NORMED)
 
     def token_count(self, layout: Layout) -> int:
         """All tokens enter the LLM; the cut comes later."""
@@ -204,14 +216,18 @@ class DART(Method):
 
     def plan_decoder(self, sample: DecoderSample) -> Plan:
         """Choose pivots over all visual items of the prompt and let them adopt."""
-        keys, visual = sample.signal(KEYS), sample.hidden.shape[0]
+        keys, states = (sample.signal(name) for name in ((STATES, STATES) if sample.layer == 0 else (KEYS, NORMED)))
+        visual = sample.hidden.shape[0]
         image, text = key_pivots(keys, visual, self.image_pivots, self.text_pivots)
         if visual < 2 * (self.image_pivots + self.text_pivots):
             return Plan(torch.arange(visual), positions=self.position_policy)
         turns = [*sorted(image.tolist()), *sorted(text.tolist())]
+        if self.pivot_order == "cpython":
+            start = 0 if sample.text_item is None else int((sample.text_item < 0).sum())
+            turns = python_set_order(image.tolist(), text.tolist(), start)
         quotas = adoption_quotas(
             visual, self.retention, image.numel(), len(turns), tokens=self.tokens, exact=self.exact_total
         )
-        groups = adopt(sample.signal(NORMED), visual, turns, quotas)
+        groups = adopt(states, visual, turns, quotas)
         keep = torch.cat((image, *(group.to(image.device) for group in groups))).sort().values
         return Plan(keep, positions=self.position_policy, info={"pivots": torch.tensor(turns)})
