@@ -34,7 +34,6 @@ from tokensieve.models.ppllava.alignment import (
     relevance_map,
     resize_relevance,
 )
-from tokensieve.models.ppllava.bt_adapter import BTAdapterVisionModel
 from tokensieve.models.ppllava.context import (
     ExtendedTextEmbeddings,
     extend_context,
@@ -53,6 +52,7 @@ from tokensieve.models.ppllava.pooling import (
 
 if TYPE_CHECKING:
     from tokensieve.models.ppllava.assembly import assemble, assemble_processor
+    from tokensieve.models.ppllava.bt_adapter import BTAdapterVisionModel
     from tokensieve.models.ppllava.configuration import PPLlavaConfig
     from tokensieve.models.ppllava.modeling import PPLlavaForConditionalGeneration, PPLlavaModel
     from tokensieve.models.ppllava.official import LoadReport, load_official
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from tokensieve.models.ppllava.registration import register
 
 _LATER = {
+    "BTAdapterVisionModel": "bt_adapter",
     "LoadReport": "official",
     "PPLlavaConfig": "configuration",
     "PPLlavaForConditionalGeneration": "modeling",
@@ -70,7 +71,7 @@ _LATER = {
     "load_official": "official",
     "register": "registration",
 }
-"""Names that need the model classes of transformers, and the module of each."""
+"""Names that need transformers, and the module of each."""
 
 
 def __getattr__(name: str) -> Any:
