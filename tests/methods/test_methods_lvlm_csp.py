@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import DynamicCache
 
+import tokensieve
+from tokensieve.core.registry import build
+from tokensieve.core.sample import HostFacts
 from tokensieve.errors import MethodError
+from tokensieve.hosts import tiny
 from tokensieve.methods import lvlm_csp
-from tokensieve.methods.lvlm_csp import LayerSplit
+from tokensieve.methods.lvlm_csp import LVLMCSP, LayerSplit
 
 
 def test_uniform_set() -> None:
@@ -87,3 +94,129 @@ def test_counts_and_presets() -> None:
             assert sum(parts[:3]) == layers and min(parts) >= 1
     with pytest.raises(MethodError, match="50 %"):
         lvlm_csp.preset(32, 576, 50)
+
+
+def test_nearest_representatives() -> None:
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    chosen = torch.tensor([0, 3, 6])
+    assert lvlm_csp.nearest_representative(group, chosen).tolist() == [0, 0, 1, 1, 2, 2, 2]
+
+
+def test_stages_on_hosts() -> None:
+    def facts(layers: int, deepstack: int = 0) -> HostFacts:
+        return HostFacts("any", layers, 24, 22, True, 1, deepstack)
+
+    assert LVLMCSP().decoder_layers(facts(32)) == (0, 8, 16)
+    assert LVLMCSP(reduction=70).decoder_layers(facts(32)) == (0, 9, 15)
+    assert LVLMCSP().decoder_layers(facts(5, 2)) == (2, 3, 4)
+    assert LVLMCSP(layers="2/5").decoder_layers(facts(32)) == (0, 2, 5)
+    assert [cut.restore for cut in LVLMCSP().decoder_cuts(facts(32))] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clustering": "grid"}, "clustering must be one of"),
+        ({"scatter": "none"}, "scatter must be one of"),
+        ({"layers": "8/4"}, "two whole, rising numbers"),
+        ({"reduction": 50}, "no preset has 50 %"),
+        ({"representatives": 0.0}, "Retention must lie"),
+    ],
+)
+def test_refused_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        build("lvlm-csp", options)
+
+
+def test_everything_in_all_stages_is_the_model() -> None:
+    model, processor = tiny.load("llava_onevision")
+    model.eval()
+    inputs: Any = tiny.example_inputs("llava_onevision", processor, batch=2)
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, -1]
+        with tokensieve.compress(model, LVLMCSP(retention=0.9999, representatives=1.0)):
+            got = model(**inputs).logits[:, -1]
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def _by_hand(text: Any, embeds: torch.Tensor, visual: slice, frame: int, method: LVLMCSP) -> tuple[Any, list[int], Any]:
+    """States, cache lengths and last set of one prompt, layer by layer on explicit index lists."""
+    length, total = embeds.shape[1], visual.stop - visual.start
+    first = torch.cat([lvlm_csp.uniform_set(frame, round(frame * 0.25)) + i for i in range(0, total, frame)])
+    chosen = first + visual.start
+    words = torch.tensor([i for i in range(length) if not visual.start <= i < visual.stop])
+    states, lengths, weights = embeds.clone(), [], torch.empty(0)
+    kept = torch.empty(0, dtype=torch.long)
+    for index, layer in enumerate(text.layers):
+        if index == 0:
+            rows = torch.cat((words, chosen)).sort().values
+        elif index == 1:
+            rows = torch.arange(length)
+            if method.scatter == "delta":
+                for i in range(visual.start, visual.stop):
+                    same = [c for c in chosen.tolist() if (c - visual.start) // frame == (i - visual.start) // frame]
+                    near = min(same, key=lambda c: abs(c - i))
+                    if i not in same:
+                        states[0, i] = embeds[0, i] + states[0, near] - embeds[0, near]
+        elif index == 2:
+            kept = lvlm_csp.attended_set(weights[0, :, -1, visual], round(total * method.retention))
+            rows = torch.cat((words, kept + visual.start)).sort().values
+        mask = torch.full((rows.numel(), rows.numel()), float("-inf")).triu(1)[None, None]
+        tables = text.rotary_emb(embeds, rows[None])
+        inside = states[:, rows]
+        out, weights = layer.self_attn(layer.input_layernorm(inside), position_embeddings=tables, attention_mask=mask)
+        inside = inside + out
+        states[:, rows] = inside + layer.mlp(layer.post_attention_layernorm(inside))
+        lengths.append(rows.numel())
+    return text.norm(states[:, rows]), lengths, kept
+
+
+@pytest.mark.parametrize("scatter", ["raw", "delta"])
+def test_against_layers_run_by_hand(scatter: Any) -> None:
+    """Final states, the last set, and caches of three lengths; the average is that of the formula."""
+    model, processor = tiny.load("llava_onevision")
+    model.eval().set_attn_implementation("eager")
+    inputs: Any = tiny.example_inputs("llava_onevision", processor)
+    method = LVLMCSP(retention=0.1, scatter=scatter)
+    seen: list[torch.Tensor] = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    cache = DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad(), tokensieve.compress(model, method) as run:
+        states = model.model(**inputs, past_key_values=cache).last_hidden_state
+        handle.remove()
+        layout = run.history[-1].items[0].layout
+        start = int((inputs["input_ids"][0] == model.config.video_token_id).nonzero()[0])
+        visual = slice(start, start + layout.patches)
+        frame = layout.patches // len(layout.views)
+        expected, lengths, kept = _by_hand(model.model.language_model, seen[0], visual, frame, method)
+    assert torch.allclose(states, expected, atol=1e-5)
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths
+    stages = run.history[-1].items[0].decoder
+    assert torch.equal(stages[2], kept) and stages[1].numel() == layout.patches
+    split = LayerSplit(1, 1, 3, stages[0].numel(), kept.numel())
+    words = seen[0].shape[1] - layout.patches
+    average = sum(length - words for length in lengths) / len(lengths) / layout.patches
+    assert lvlm_csp.average_share(split, layout.patches) == pytest.approx(average)
+
+
+def test_class_token_chooses() -> None:
+    """Representatives by the tower's class token."""
+    model, processor = tiny.load("llava")
+    inputs: Any = tiny.example_inputs("llava", processor)
+    with torch.no_grad(), tokensieve.compress(model.eval(), "lvlm-csp:clustering=cls") as run:
+        model(**inputs)
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = tower(inputs["pixel_values"], output_attentions=True).attentions[-1][0, :, 0, 1:].mean(0)
+    count = run.history[-1].items[0].decoder[0].numel()
+    assert count == round(attention.numel() * 0.25)
+    assert run.history[-1].items[0].decoder[0].tolist() == lvlm_csp.class_set(attention, count).tolist()
+
+
+def test_a_cut_before_tokens_come_back_is_refused() -> None:
+    model, _ = tiny.build_in_memory("llava_onevision")
+    with pytest.raises(MethodError, match="brings tokens back in front of layer 3, but fastv cuts before"):
+        tokensieve.attach(model, "lvlm-csp:layers=3/4+fastv:layer=2")

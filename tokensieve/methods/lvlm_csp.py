@@ -3,19 +3,25 @@
 Based on "LVLM_CSP: Accelerating Large Vision Language Models via Clustering, Scattering, and Pruning for Reasoning
 Segmentation" (arXiv 2504.10854). The first LLM layers see one representative per cluster of the token grid, then all
 tokens are active again, and the last layers keep those that the segmentation token attends to.
-
-Tokens that come back after they were left out need key-value caches of different lengths and order, which the
-runtime does not have, so there is no registered method of this name. The sets and counts are here as functions.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from tokensieve.core.cuts import Cut
+from tokensieve.core.layout import Layout
+from tokensieve.core.method import Fidelity, Method, Stage, check_retention
+from tokensieve.core.plan import Plan, Positions
+from tokensieve.core.registry import register
+from tokensieve.core.sample import DecoderSample, HostFacts
 from tokensieve.errors import MethodError
+from tokensieve.ops.allocate import keep_count
+from tokensieve.ops.depth import Numbers, numbers
 from tokensieve.ops.select import top_indices
 from tokensieve.ops.similarity import as_float32
 
@@ -38,6 +44,9 @@ class LayerSplit(NamedTuple):
     survivors: int
 
 
+CLASS_ATTENTION = "encoder.class_attention@last"
+Clustering = Literal["uniform", "random", "cls"]
+Scatter = Literal["raw", "delta"]
 _PRESETS = {65: (8 / 32, 8 / 32), 70: (9 / 32, 6 / 32)}
 
 
@@ -216,3 +225,154 @@ def average_share(split: LayerSplit, tokens: int) -> float:
     """Mean number of visual tokens per layer as a share of all; the reduction is what is missing to 1."""
     counts = tokens_per_layer(split, tokens)
     return sum(counts) / len(counts) / tokens
+
+
+def nearest_representative(group: Tensor, chosen: Tensor) -> Tensor:
+    """Representative of every token: the nearest in reading order inside its group, the first of two.
+
+    Parameters
+    ----------
+    group : Tensor
+        ``[N]`` int64, for example the frame of every token.
+    chosen : Tensor
+        ``[N_c]`` int64 representatives, at least one in every group.
+
+    Returns
+    -------
+    Tensor
+        ``[N]`` int64 places in ``chosen``.
+    """
+    nearest = torch.zeros_like(group)
+    for number in group.unique().tolist():
+        members = (group == number).nonzero().flatten()
+        mine = (group[chosen] == number).nonzero().flatten()
+        distance = (members[:, None] - chosen[mine][None]).abs()
+        nearest[members] = mine[distance.argmin(dim=1)]
+    return nearest
+
+
+@register
+@dataclass
+class LVLMCSP(Method):
+    """LVLM_CSP: clustering, scattering and pruning stages of the LLM, which see different sets of visual tokens.
+
+    Parameters
+    ----------
+    retention
+        N_p: share of the tokens that enter the LLM which the last stage keeps, by the attention of the last prompt
+        token (published: of the segmentation token).
+    representatives
+        N_c: share of every frame that the first stage sees.
+    reduction
+        65 or 70, in percent: which preset splits the layers.
+    layers
+        First layers of the second and of the third stage, for example ``"8/16"``, instead of the preset.
+    clustering
+        Representatives: ``"uniform"`` at a regular stride in every frame, ``"random"``, or ``"cls"`` by the attention
+        of the tower's class token.
+    scatter
+        States with which the other tokens come back: ``"raw"`` as they were, ``"delta"`` with the change that the
+        nearest representative went through.
+    seed
+        Seed of random representatives; frame ``i`` of a prompt uses ``seed + i``.
+    """
+
+    retention: float = 1 / 16
+    representatives: float = 1 / 4
+    reduction: int = 65
+    layers: Numbers = None
+    clustering: Clustering = "uniform"
+    scatter: Scatter = "raw"
+    seed: int = 0
+
+    name: ClassVar[str] = "lvlm-csp"
+    title: ClassVar[str] = "LVLM_CSP"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2504.10854"
+    venue: ClassVar[str] = "arXiv 2025"
+    stages: ClassVar[tuple[Stage, ...]] = ("decoder",)
+    lowest_layer: ClassVar[int] = 0
+    published_positions: ClassVar[Positions] = "original"
+    fidelity: ClassVar[Fidelity] = "inferred"
+    fidelity_note: ClassVar[str] = (
+        "from the abstract and reviews, without released code: the split of the layers, both shares, the states of "
+        "tokens that come back and the layer of the attention are inferred; without the design that needs a segmenter"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_retention(self.representatives)
+        for option, known in (("clustering", Clustering), ("scatter", Scatter)):
+            if getattr(self, option) not in get_args(known):
+                raise MethodError(
+                    f"{option} must be one of {', '.join(get_args(known))}, not {getattr(self, option)!r}."
+                )
+        preset(3, 1, self.reduction)
+        if self.layers is not None:
+            stated = numbers(self.layers, "layers")
+            if len(stated) != 2 or not all(isinstance(layer, int) for layer in stated) or not 0 < stated[0] < stated[1]:
+                raise MethodError(f"layers must be two whole, rising numbers like 8/16, not {self.layers!r}.")
+
+    def decoder_layers(self, facts: HostFacts) -> tuple[int, ...]:
+        """First layers of the three stages; on DeepStack models the first begins behind the layers with features."""
+        first = facts.deepstack_layers
+        if self.layers is not None:
+            second, third = (int(layer) for layer in numbers(self.layers, "layers"))
+            return first, second, third
+        split = preset(facts.decoder_layers, 1, self.reduction)
+        second = max(split.clustering, first + 1)
+        return first, second, max(split.clustering + split.scattering, second + 1)
+
+    def decoder_cuts(self, facts: HostFacts) -> tuple[Cut, ...]:
+        """Put aside, restore, prune."""
+        first, second, third = self.decoder_layers(facts)
+        return Cut(first), Cut(second, restore=True), Cut(third)
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Class-token attention, where it chooses the representatives."""
+        return (CLASS_ATTENTION,) if self.clustering == "cls" else ()
+
+    def token_count(self, layout: Layout) -> int:
+        """All tokens enter the LLM."""
+        return layout.patches
+
+    def plan_decoder(self, sample: DecoderSample) -> Plan:
+        """The set of the stage that begins."""
+        assert sample.facts is not None
+        stage = self.decoder_layers(sample.facts).index(sample.layer)
+        if stage == 2:
+            keep = top_indices(sample.attention, keep_count(sample.hidden.shape[0], self.retention))
+            return Plan(keep, positions=self.position_policy)
+        if stage == 1:
+            return Plan(torch.arange(sample.hidden.shape[0]), self._scattered(sample), positions=self.position_policy)
+        chosen = self._representatives(sample)
+        sample.memory.update(chosen=chosen, before=sample.hidden[chosen.to(sample.hidden.device)])
+        return Plan(chosen, positions=self.position_policy, fate="aside")
+
+    def _representatives(self, sample: DecoderSample) -> Tensor:
+        """Tokens of the first stage, frame by frame."""
+        parts = []
+        for frame in sample.view.unique().tolist():
+            members = (sample.view == frame).nonzero().flatten()
+            count = keep_count(members.numel(), self.representatives)
+            if self.clustering == "cls":
+                scores = sample.tower[CLASS_ATTENTION]
+                picked = class_set(scores[members.to(scores.device)], count).cpu()
+            elif self.clustering == "random":
+                generator = torch.Generator().manual_seed(self.seed + frame)
+                picked = random_set(members.numel(), count, generator)
+            else:
+                picked = uniform_set(members.numel(), count)
+            parts.append(members[picked])
+        return torch.cat(parts).sort().values
+
+    def _scattered(self, sample: DecoderSample) -> Tensor | None:
+        """New states of the tokens that come back; None leaves them as they are."""
+        if self.scatter == "raw":
+            return None
+        chosen = sample.memory["chosen"]
+        nearest = nearest_representative(sample.view, chosen).to(sample.hidden.device)
+        place = chosen.to(sample.hidden.device)
+        change = as_float32(sample.hidden[place]) - as_float32(sample.memory["before"])
+        moved = as_float32(sample.hidden) + change[nearest]
+        moved[place] = as_float32(sample.hidden[place])
+        return moved.to(sample.hidden.dtype)
