@@ -11,7 +11,7 @@ from tokensieve.bench.data import Item, by_clip
 from tokensieve.bench.journal import Journal
 from tokensieve.bench.results import Results, summarise
 from tokensieve.bench.session import Session
-from tokensieve.bench.settings import Setting, expand
+from tokensieve.bench.settings import FULL, Setting, expand
 from tokensieve.bench.workers import Message, Task, in_processes, open_session, run_tasks
 from tokensieve.errors import BenchError
 
@@ -57,7 +57,8 @@ def run_bench(
     name = model_folder(config)
     from tokensieve.load import read_config
 
-    style = check_style(config.prompt or default_style(items, read_config(name)), items)
+    stated = "open" if config.model is None else default_style(items, read_config(name))
+    style = check_style(config.prompt or stated, items)
     count = default_workers(name, config.device) if workers is None else workers
     with Journal(Path(folder) / JOURNAL, identity(config, name, items, settings, style)) as journal:
         tasks = remaining(journal, items, settings)
@@ -104,6 +105,9 @@ def _collect(
         if kind == "refused":
             for setting, reason in content.items():
                 journal.refuse(setting, reason)
+        elif content["setting"] == FULL and "error" in content:
+            # Without the full model nothing can be compared, and what went wrong may be put right.
+            raise BenchError(f"The full model gives no answer on {content['clip']}: {content['error']}")
         else:
             journal.add(content)
         if progress is not None:

@@ -68,9 +68,9 @@ def brief_reason(reason: str) -> str:
 def _facts(results: Results) -> list[str]:
     facts = results.facts
     found = [f"{facts['questions']} questions about {facts['clips']} clips", f"prompt: {facts['prompt']}"]
-    named = (("data", "data"), ("frames", "frames per clip"), ("dtype", "dtype"), ("device", "device"))
-    named += (("workers", "workers"), ("seed", "seed"))
-    return found + [f"{label}: {facts[name]}" for name, label in named if facts.get(name) is not None]
+    named = {"data": "data", "frames": "frames per clip", "dtype": "dtype", "device": "device", "workers": "workers"}
+    named["seed"] = "seed"
+    return found + [f"{label}: {facts[name]}" for name, label in named.items() if facts.get(name) is not None]
 
 
 def _charts(results: Results) -> list[dict[str, Any]]:

@@ -130,9 +130,10 @@ class Session:
             return found | self._answers(run, clip, encodings)
         except TokensieveError as error:
             return found | {"error": str(error)}
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError) as error:
             # One broken method must not cost the results of all others; the table names it and says why.
-            return found | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (this is a bug)"}
+            words = " ".join(str(error).split())[:300]
+            return found | {"error": f"{type(error).__name__}: {words}{_blame(error)}"}
 
     def _answers(self, run: Run, clip: _Clip, encodings: dict[str, Encoding]) -> Unit:
         own = encodes_itself(run.methods)
@@ -194,6 +195,11 @@ def _measured(run: Run, questions: int, encode: float) -> Unit:
         if change is not None:
             flops |= {stage: change.after / questions, f"{stage}_full": change.before / questions}
     return {"tokens": tokens, "seconds": {"encode": encode, **seconds}, "flops": flops}
+
+
+def _blame(error: Exception) -> str:
+    """Memory can run out in the best of methods; all other errors of this kind are bugs."""
+    return "" if "OutOfMemory" in type(error).__name__ else " (this is a bug)"
 
 
 def _tower(methods: Sequence[Method]) -> Any:

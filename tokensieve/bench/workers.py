@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -87,6 +89,7 @@ def _work(config: BenchConfig, settings: Sequence[Setting], style: PromptStyle, 
     """Body of one process."""
     import torch
 
+    _end_with_parent()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     try:
@@ -100,6 +103,18 @@ def _work(config: BenchConfig, settings: Sequence[Setting], style: PromptStyle, 
         results.put(("error", error))
     else:
         results.put(("done", None))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed, which no exit handler of the parent could do."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def open_session(config: BenchConfig, settings: Sequence[Setting], style: PromptStyle) -> Session:
