@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -314,3 +315,20 @@ class TestReleasedCheckpoints:
         name = "vision_tower.vision_model.btadapter_cls_token"
         assert new_name(name, True) == "model." + name
         assert new_name("something.else", False) == "something.else"
+
+
+def test_operator_benchmark_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+    threads = torch.get_num_threads()
+    benchmark = importlib.import_module("benchmarks.ppllava_operator")
+    sizes = {"frames": 4, "side": 6, "width": 128, "intermediate": 64, "depth": 4, "layers": 2, "vision-width": 16}
+    sizes |= {"text-width": 64, "text-layers": 1, "prompt": 3}
+    try:
+        words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+        assert benchmark.main(["--quick", *words, "--output", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "ppllava_operator.json").read_text())
+    assert found["tokens"] == {"all": 144, "pooled": 8}
+    assert set(found["seconds"]) == set(found["peak_bytes"]) and len(found["seconds"]) == 6
+    assert "times are 2 times theirs" in (tmp_path / "ppllava_operator.md").read_text()
