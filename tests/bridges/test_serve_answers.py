@@ -144,6 +144,16 @@ def test_files_under_the_root(post: Callable[..., Any], video: Path, folder: Pat
         assert response.status_code == 200, response.text
 
 
+@pytest.mark.parametrize(
+    "name", ["nasa_two_video_streams.mp4", "cartoon_pigs.gif", "bunny_h263_176x144.3gp", "bunny_square_vp9_642.webm"]
+)
+def test_real_clips(post: Callable[..., Any], real_videos: Path, name: str) -> None:
+    response = post(ask(video_part((real_videos / name).as_uri())), media=_media(root=real_videos))
+    assert response.status_code == 200, response.text
+    account = response.json()["tokensieve"]
+    assert account["visual_before"] == 100 and 20 <= account["visual"] <= 30
+
+
 def test_fetched_videos_leave_nothing(serving: Callable[..., Any], video: Path, picture: Path, scratch: Path) -> None:
     from http_files import serve_folder
 

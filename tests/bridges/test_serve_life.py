@@ -280,6 +280,7 @@ def test_text_comes_in_whole_characters(loaded: tuple[Any, Any]) -> None:
 def process(tmp_path: Path) -> Any:
     """``tokensieve serve`` as a process of its own: the process and its address."""
     command = [sys.executable, "-m", "tokensieve.cli", "serve", "--port", "0", "--frames", "4", "--no-progress"]
+    command += ["--max-body", "1000000"]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     running = subprocess.Popen(
@@ -320,6 +321,8 @@ def test_a_real_process(process: Any, video: Path) -> None:
     for sent in (b"GARBAGE\r\n\r\n", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"):
         with socket.create_connection((host, int(port)), 5) as connection:
             connection.sendall(sent)
+    large = httpx.post(base + CHAT, content=b" " * 3_000_000, timeout=30)
+    assert large.status_code == 413 and "larger than the 1000000 bytes" in large.text
     after = httpx.post(base + CHAT, json=body, timeout=30).json()
     assert after["choices"][0]["message"] == whole["choices"][0]["message"]
     deadline = time.monotonic() + 10

@@ -49,6 +49,7 @@ def limits(**options: Any) -> Any:
         (ask(method="vidcom2:temperature=9"), "not offered here"),
         (ask(retention=0.9), "retention of 0.9 is not offered here; use 0.01 to 0.25"),
         (ask(retention=0.001), "not offered here"),
+        (ask(question="x" * 300_000), "at most 262144 characters"),
         (ask(retention=7), r"must lie in \(0, 1\]"),
         (
             {**ask(), "messages": ask()["messages"] + [{"role": "user", "content": "x" * 200_000}]},
@@ -251,3 +252,42 @@ def test_nothing_of_the_request_is_echoed_at_length(refused: Refused) -> None:
     assert len(json.dumps(refused(ask(text_part("a"), method="m" * 50_000)))) < 2000
     assert "not offered here" in refused(ask(method="\ud800"))
     assert "cannot take" in refused(ask(question="\ud800"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "vidcon2"], "did you mean vidcom2"),
+        (["--retention", "0.5", "--max-retention", "0.25"], "lies outside of 0.01 to 0.25"),
+        (["--api-key-file", "missing"], "The API key file missing cannot be read"),
+        (["--media-root", "missing"], "media root missing is no folder"),
+        (["--method", "fastv:layer=40"], "layer 40"),
+        (["missing/folder/here"], "missing/folder/here does not exist"),
+    ],
+)
+def test_the_command_refuses_before_anything_is_loaded(
+    words: list[str], message: str, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokensieve.cli import app
+    from tokensieve.hosts import tiny
+
+    monkeypatch.chdir(tmp_path)
+    model = [] if not words[0].startswith("--") else [str(tiny.cached("llava_onevision"))]
+    with pytest.raises(SystemExit) as end:
+        app(["serve", *model, *words])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(capsys: Any) -> None:
+    import socket
+
+    from tokensieve.cli import app
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(SystemExit) as end:
+            app(["serve", "--no-progress", "--port", str(taken.getsockname()[1])])
+    assert end.value.code == 2
+    assert "cannot be listened on" in capsys.readouterr().err

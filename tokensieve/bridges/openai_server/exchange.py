@@ -36,6 +36,8 @@ logger = logging.getLogger("tokensieve")
 
 # Bodies above this size are parsed in a thread, so that the event loop goes on.
 _LARGE_BODY = 1 << 18
+_DRAIN_SECONDS = 5.0
+_DRAIN_BODIES = 4
 _CLOSE = {"Connection": "close"}
 
 
@@ -73,7 +75,7 @@ class Exchange(Response):
     def __init__(self, service: Service) -> None:
         super().__init__()
         self._service = service
-        self._streaming = self._sent = False
+        self._streaming = self._sent = self._body_read = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -103,6 +105,8 @@ class Exchange(Response):
             failure = ApiError("The server failed on this request; its log says why.", status=500)
         if failure is not None:
             outcome = _outcome(failure.status)
+            if not self._body_read and failure.status in (401, 413, 429):
+                await self._drain(receive)
             await self._fail(failure, scope, receive, send)
         service.metrics.count(outcome)
 
@@ -152,6 +156,7 @@ class Exchange(Response):
                     if size > settings.max_body:
                         raise too_large
                     if not message.get("more_body", False):
+                        self._body_read = True
                         break
         except TimeoutError:
             raise ApiError(
@@ -161,6 +166,19 @@ class Exchange(Response):
             ) from None
         data = b"".join(chunks)
         return parse_body(data) if size < _LARGE_BODY else await asyncio.to_thread(parse_body, data)
+
+    async def _drain(self, receive: Receive) -> None:
+        """Let a refused body arrive, within limits: who is still sending when a connection closes sees no answer."""
+        left = _DRAIN_BODIES * self._service.settings.max_body
+        try:
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                while left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            logger.debug("a refused body was still arriving")
 
     async def _answer(self, body: ChatBody, scope: Scope, receive: Receive, send: Send) -> None:
         """Decode, generate and send."""
@@ -201,6 +219,11 @@ class Exchange(Response):
         if frames > settings.max_frames:
             raise ApiError(f"frames may be at most {settings.max_frames} here, not {frames}.", "frames")
         media = body.media
+        length = sum(
+            len(part.text) for message in body.messages for part in message.parts if isinstance(part, TextPart)
+        )
+        if length > settings.max_text:
+            raise ApiError(f"A request may hold at most {settings.max_text} characters of text here, not {length}.")
         if len(media) > limits.max_clips:
             raise ApiError(f"A request may show at most {limits.max_clips} clips here, not {len(media)}.", "messages")
         cancelled, loop = threading.Event(), asyncio.get_running_loop()

@@ -98,6 +98,8 @@ class ServerSettings:
         What clients must send as a bearer token.
     max_body : int
         Largest request body, bytes.
+    max_text : int
+        Most characters of text in a request; a tokenizer can take seconds for more.
     body_timeout : float
         Seconds within which a body must arrive.
     media : MediaLimits
@@ -120,6 +122,7 @@ class ServerSettings:
     decoders: int = 2
     api_key: str | None = None
     max_body: int = 64 << 20
+    max_text: int = 1 << 18
     body_timeout: float = 60.0
     media: MediaLimits = field(default_factory=MediaLimits)
 
