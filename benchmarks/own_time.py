@@ -41,7 +41,16 @@ __all__ = ["Case", "Decision", "features", "main", "stand_ins"]
 TEXT = 61
 """Text tokens of the prompt, newline included."""
 
-FACTS = HostFacts("llava_onevision", 28, 26, 25, has_class_token=False)
+FACTS = HostFacts(
+    "llava_onevision",
+    28,
+    26,
+    25,
+    has_class_token=False,
+    tower_pair="siglip",
+    text_tower="google/siglip-so400m-patch14-384",
+    video_separators="end",
+)
 GEOMETRY = DecoderGeometry(
     hidden=QWEN2_7B["hidden_size"],
     mlp=QWEN2_7B["intermediate_size"],
@@ -106,11 +115,13 @@ def stand_ins(requests: Iterable[str], case: Case, patches: int) -> dict[str, Te
     """Random signals of the declared shapes: attention rows that sum to one, normal values otherwise."""
     generator = torch.Generator().manual_seed(1)
     sizes = {"n": patches, "T": TEXT, "H": GEOMETRY.heads, "D": case.features.shape[1], "n + T": patches + TEXT}
+    sizes |= {"F": case.frames, "M": 1, "C": SIGLIP["hidden_size"], "P": SIGLIP["hidden_size"], "B": case.frames}
     found = {}
     for request in requests:
         name = request.partition("@")[0]
         sizes["d"] = 72 if name.startswith("encoder.") else GEOMETRY.kv_heads * GEOMETRY.head_dim
-        shape = [sizes[axis.strip()] for axis in SIGNALS[name].shape.strip("[]").split(",") if axis.strip() in sizes]
+        axes = [axis.strip() for axis in SIGNALS[name].shape.strip("[]").split(",")]
+        shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in axes if axis.isdigit() or axis in sizes]
         values = torch.randn(shape, generator=generator)
         if shape == [patches] == [case.layout.patches]:
             found[request] = case.attention
@@ -143,7 +154,9 @@ class Decision:
             frames = self._timed(lambda: method.plan_frames(FrameSample(case.frames)))
             entered = total // case.frames * frames.numel()
         if "tokens" in method.stages:
-            tokens = TokenSample(case.features, case.layout, stand_ins(method.signals(FACTS), case, total), FACTS)
+            found = stand_ins(method.signals(FACTS), case, total)
+            weight = torch.randn(SIGLIP["hidden_size"], case.features.shape[1])
+            tokens = TokenSample(case.features, case.layout, found, FACTS, project=lambda states: states @ weight)
             entered = self._timed(lambda: method.run_tokens(tokens)).keep.numel()
         memory: dict[str, Any] = {}
         if method.decoder_layers(FACTS):

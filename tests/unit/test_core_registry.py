@@ -150,7 +150,7 @@ def test_nan_features_are_reported() -> None:
 
 
 def test_smallest_retention_keeps_a_token() -> None:
-    model, processor = tiny.build_in_memory("llava_onevision")
+    model, processor = tiny.load("llava_onevision")
     inputs = tiny.example_inputs("llava_onevision", processor)
     for name in registry.fitting_methods(host_for(model), model.base_model):
         if name == "none":

@@ -6,6 +6,7 @@ object is given), whatever autocast says, on the device of its input.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -249,7 +250,8 @@ class ClipPair(TextPair):
     def __init__(self, model: Any, tokenizer: Any, source: str) -> None:
         super().__init__(model, tokenizer, source)
         self.text_projection = model.text_projection
-        self._head = ClipHead(model.vision_model.post_layernorm, model.visual_projection)
+        # A copy, as it moves to the device of the host's tower and the model stays where it is.
+        self._head = copy.deepcopy(ClipHead(model.vision_model.post_layernorm, model.visual_projection))
 
     @property
     def width(self) -> int:
@@ -278,7 +280,7 @@ class SiglipPair(TextPair):
 
     def __init__(self, model: Any, tokenizer: Any, source: str) -> None:
         super().__init__(model, tokenizer, source)
-        self._head = SiglipHead(model.vision_model.post_layernorm, model.vision_model.head)
+        self._head = copy.deepcopy(SiglipHead(model.vision_model.post_layernorm, model.vision_model.head))
 
     @property
     def width(self) -> int:
