@@ -17,6 +17,7 @@ METHODS = [
     "dycoke:retention=0.4",
     "dart:retention=0.3,layer=0",
     "lvlm-csp:retention=0.1",
+    "catp:retention=0.3",
     "prunevid:retention=0.5",
     "todre:retention=0.4,threshold=1.01,pivot=center",
     "aim:retention=0.5",
