@@ -397,6 +397,25 @@ class TestTraining:
             assert any(part in name for name in trained), part
         assert not any("logit_scale" in name or name.endswith("position_embedding") for name in trained)
 
+    @torch.enable_grad()
+    def test_text_alone_reaches_the_same_parameters(self) -> None:
+        """Devices that share gradients must not wait for parameters that one batch does not use."""
+        model, processor = build()
+        touched, losses = [], []
+        for kinds in ((), ("image",), ("video",)):
+            clip = [_clip()] if "video" in kinds else None
+            pictures = [_clip()[0]] if "image" in kinds else None
+            inputs = processor(text=_prompt(processor, ASK[0], *kinds), images=pictures, videos=clip)
+            model.zero_grad()
+            model.train()
+            loss = model(**inputs, labels=inputs["input_ids"].clamp_max(700)).loss
+            loss.backward()
+            touched.append({name for name, value in model.named_parameters() if value.grad is not None})
+            losses.append((loss.item(), model.eval()(**inputs, labels=inputs["input_ids"].clamp_max(700)).loss.item()))
+        assert touched[0] == touched[1] == touched[2]
+        for training, plain in losses:
+            assert training == pytest.approx(plain, abs=1e-6)
+
     def test_labels_leave_out_what_is_masked(self, clip_model: Any) -> None:
         model, processor = clip_model
         inputs = _inputs(processor)

@@ -68,6 +68,8 @@ def training_arguments(config: TrainConfig, show_progress: bool = True) -> Train
         "seed": config.seed,
         "report_to": "none",
         "remove_unused_columns": False,
+        # The end of the temporal branch, for one, never reaches the language model.
+        "ddp_find_unused_parameters": True,
         "disable_tqdm": not show_progress,
     }
     if config.gradient_checkpointing:

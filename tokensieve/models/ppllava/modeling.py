@@ -330,6 +330,8 @@ class PPLlavaModel(PPLlavaPreTrainedModel):
             if output is not None:
                 inputs_embeds = self._scatter(input_ids, inputs_embeds, output.pooler_output, modality)
                 maps += getattr(output, "cosines", None) or []
+        if self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + 0 * self._touch(bool(encoded), question_ids, question_mask)
         if position_ids is None and past_key_values is None:
             position_ids = _positions(attention_mask)
         outputs = self.language_model(
@@ -347,6 +349,21 @@ class PPLlavaModel(PPLlavaPreTrainedModel):
             attentions=outputs.attentions,
             visual_attention=maps if output_visual_attention else None,
         )
+
+    def _touch(self, visual: bool, question_ids: Tensor | None, question_mask: Tensor | None) -> Tensor:
+        """A number that depends on all that visual inputs would use.
+
+        Distributed training waits for every parameter on every device, whatever the batch of one device shows.
+        """
+        touched = self.image_newline.sum()
+        if not visual:
+            side = self.config.vision_config.image_size
+            (idle,) = self.encode([torch.zeros(1, 3, side, side, device=touched.device)], True)
+            text = None if question_ids is None else self.embed_questions(question_ids, question_mask)
+            question = None if text is None else text[0]
+            tokens, _ = pool_clip(self.prompt_alignment, self.config, idle, question, self.config.image_kernel)
+            touched = touched + tokens.sum()
+        return touched.to(self.get_input_embeddings().weight.dtype)
 
     def _embed(self, input_ids: Any) -> Tensor:
         """Embeddings of the text; placeholders, which may lie beyond the vocabulary, get those of token 0."""
