@@ -15,7 +15,7 @@ from bench_items import item
 from tokensieve.bench.data import Item
 from tokensieve.bench.journal import Journal, Unit
 from tokensieve.bench.output import csv_text, json_text, write_results
-from tokensieve.bench.page import claim, render_page, verdict
+from tokensieve.bench.page import claim, ranked, render_page, verdict
 from tokensieve.bench.results import Comparison, Results, summarise
 from tokensieve.bench.settings import FULL, Setting, expand
 from tokensieve.bench.statistics import kept_share, mcnemar, sign_flip
@@ -138,8 +138,13 @@ def test_the_page_is_well_formed_and_says_what_was_found(found: Results) -> None
     text = render_page(found)
     page = Page(text)
     assert not page.errors and not page.open
-    assert claim(found) == "At 10 % of the visual tokens, vidcom2 keeps 95.8 % of the full model's right answers"
-    for words in (claim(found), "24 questions about 12 clips", "uniform @ 0.1", "Accuracy over retention", "Not run"):
+    assert claim(found) == (
+        "1 of 1 methods beats random choice at 10 % of the visual tokens",
+        "The full model answers 100.0 % of 24 questions, random choice 0.0 %, the highest method 95.8 % (vidcom2).",
+    )
+    order = [row.setting for _, rows in ranked(found) for row in rows]
+    assert order == [FULL, *(f"{name} @ {share}" for share in (0.25, 0.1) for name in ("vidcom2", "uniform", "random"))]
+    for words in (*claim(found), "24 questions about 12 clips", "uniform @ 0.1", "Accuracy over retention", "Not run"):
         assert words in page.words
     assert page.tags.count("svg") == 2 and "many." not in page.words
     assert "0 won, 6 lost against full model" in text

@@ -11,7 +11,7 @@ from tokensieve.bench.results import Results, Row
 
 __all__ = ["curves", "front", "percent"]
 
-_WIDTH, _HEIGHT = 760, 420
+_WIDTH, _HEIGHT = 760, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 150, 14, 40
 _LABEL_STEP = 13.0
 
@@ -30,7 +30,8 @@ def curves(results: Results) -> Markup | None:
     shares = sorted({row.retention for rows in lines.values() for row in rows if row.retention is not None})
     if len(shares) < 2:
         return None
-    across = _scale(math.log(shares[0]), math.log(shares[-1]), _LEFT, _WIDTH - _RIGHT)
+    # From many tokens to few, so that the lines part towards their names.
+    across = _scale(math.log(shares[-1]), math.log(shares[0]), _LEFT, _WIDTH - _RIGHT)
     down, body = _accuracy_axis(results)
     for share in shares:
         body += Markup('<text class="tick middle" x="{}" y="{}">{}</text>').format(
@@ -41,7 +42,7 @@ def curves(results: Results) -> Markup | None:
     labels: list[tuple[float, str, str]] = []
     # Controls are drawn last, so that they stay visible.
     for method, rows in sorted(lines.items(), key=lambda line: line[1][0].control):
-        ordered = sorted(rows, key=lambda row: row.retention or 0.0)
+        ordered = sorted(rows, key=lambda row: -(row.retention or 0.0))
         points = [(across(math.log(row.retention or 1.0)), down(row.accuracy.value)) for row in ordered]
         tip = "; ".join(f"{row.retention:g}: {percent(row.accuracy.value)}" for row in ordered)
         marks = Markup("").join(Markup('<circle cx="{}" cy="{}" r="3"/>').format(_at(x), _at(y)) for x, y in points)
@@ -122,9 +123,7 @@ def _reference(results: Results, down: Callable[[float], float]) -> Markup:
     body += Markup(
         '<line class="full" x1="{}" x2="{}" y1="{}" y2="{}"><title>full model \N{EN DASH} {}</title></line>'
     ).format(_LEFT, _WIDTH - _RIGHT, y, y, percent(found.value))
-    return body + Markup('<text class="tick" x="{}" y="{}">full model</text>').format(
-        _LEFT + 6, _at(down(found.value) - 5)
-    )
+    return body + Markup('<text class="tick" x="{}" y="{}">full model</text>').format(_LEFT + 6, _at(top - 4))
 
 
 def _end_labels(labels: Sequence[tuple[float, str, str]]) -> Markup:
@@ -165,7 +164,7 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    span = high - low if high > low else 1.0
+    span = high - low or 1.0
 
     def place(value: float) -> float:
         return start + (value - low) / span * (end - start)

@@ -11,9 +11,10 @@ from markupsafe import Markup
 
 from tokensieve.bench.charts import curves, front, percent
 from tokensieve.bench.results import Comparison, Results, Row
+from tokensieve.bench.settings import RANDOM
 from tokensieve.bench.statistics import Estimate
 
-__all__ = ["brief_reason", "render_page", "verdict"]
+__all__ = ["brief_reason", "ranked", "render_page", "verdict"]
 
 SIGNIFICANT = 0.05
 
@@ -22,14 +23,19 @@ def render_page(results: Results) -> str:
     """The page as text."""
     template = _environment().get_template("bench.html")
     style = "\n".join(_template_text(name) for name in ("report.css", "bench.css"))
+    title, more = claim(results)
     return template.render(
-        claim=claim(results),
+        claim=title,
+        more=more,
         facts=_facts(results),
         note=results.facts.get("note"),
         charts=_charts(results),
-        rows=[_cells(row) for row in results.rows],
+        groups=[(name, [_cells(row) for row in rows]) for name, rows in ranked(results)],
         families=[(name, facts) for name, facts in results.families.items()],
-        by_family=[(row.setting, [_family(row.families[name]) for name in results.families]) for row in results.rows],
+        by_family=[
+            (name, [(row.setting, [_family(row.families[family]) for family in results.families]) for row in rows])
+            for name, rows in ranked(results)
+        ],
         chance=[percent(facts["chance"]) for facts in results.families.values()],
         refused=[(key, brief_reason(reason)) for key, reason in results.refused.items()],
         encode=_milliseconds(results.full.milliseconds["encode"]),
@@ -37,18 +43,38 @@ def render_page(results: Results) -> str:
     )
 
 
-def claim(results: Results) -> str:
-    """The outcome in one sentence."""
+def claim(results: Results) -> tuple[str, str]:
+    """The outcome in one sentence, and the numbers behind it in another.
+
+    The number of methods that beat the control is told first: the best of many methods looks better than it is.
+    """
     full = results.full
-    others = [row for row in results.rows[1:] if not row.control and row.kept is not None]
-    if not others:
-        return f"Full model: {percent(full.accuracy.value)} of {full.questions} questions"
-    lowest = min((row.retention for row in others if row.retention is not None), default=None)
-    same = [row for row in others if row.retention == lowest] or others
+    behind = f"The full model answers {percent(full.accuracy.value)} of {full.questions} questions"
+    published = [row for row in results.rows[1:] if not row.control]
+    lowest = min((row.retention for row in published if row.retention is not None), default=None)
+    same = [row for row in published if row.retention == lowest]
+    if lowest is None or not same:
+        return behind, ""
+    better = sum(verdict(row.against_random) == "better" for row in same)
     best = max(same, key=lambda row: row.accuracy.value)
-    assert best.kept is not None
-    at = "its own setting" if lowest is None else f"{100 * lowest:g} % of the visual tokens"
-    return f"At {at}, {best.method} keeps {percent(best.kept.value)} of the full model's right answers"
+    chosen = next((row for row in results.rows if row.method == RANDOM and row.retention == lowest), None)
+    control = "" if chosen is None else f", random choice {percent(chosen.accuracy.value)}"
+    title = (
+        f"{better} of {len(same)} methods beat{'s' if better == 1 else ''} random choice at {100 * lowest:g} % of the "
+        "visual tokens"
+    )
+    return title, f"{behind}{control}, the highest method {percent(best.accuracy.value)} ({best.method})."
+
+
+def ranked(results: Results) -> list[tuple[str, list[Row]]]:
+    """Rows by retention, the most accurate first; the full model and settings of their own come before."""
+    own = [row for row in results.rows if row.retention is None]
+    found = [("", own)]
+    for share in sorted({row.retention for row in results.rows if row.retention is not None}, reverse=True):
+        rows = [row for row in results.rows if row.retention == share]
+        rows.sort(key=lambda row: -row.accuracy.value)
+        found.append((f"{100 * share:g} % of the visual tokens asked for", rows))
+    return found
 
 
 def verdict(compared: Comparison | None) -> str:
