@@ -218,6 +218,28 @@ def test_undivided_heads(tiny_host: Any) -> None:
     torch.testing.assert_close(sample.signal(requests[1]), expected)
 
 
+def test_clip_tower_of_a_video_host() -> None:
+    """LLaVA-OneVision on a CLIP tower: no class token among the patches, pooled as the features are."""
+    model, processor = tiny.build_in_memory(
+        "llava_onevision",
+        vision={"model_type": "clip_vision_model", "projection_dim": 32},
+        config={"vision_feature_layer": -2, "vision_feature_select_strategy": "default"},
+    )
+    pair = load_pair(*tiny.pair_of(model))
+    inputs = tiny.example_inputs("llava_onevision", processor)
+    requests = ("encoder.aligned@feature", "encoder.states@feature", "encoder.joined_class_attention@last")
+    (sample,) = _listen(model, inputs, *requests, text_tower=pair)
+    states = _hidden(model, inputs)[2][:, 1:]
+    pool = model.base_model.apply_pooling
+    torch.testing.assert_close(sample.signal(requests[0]), pool(pair.align(states)).flatten(0, 1))
+    torch.testing.assert_close(sample.signal(requests[1]), pool(states).flatten(0, 1))
+    assert sample.signal(requests[2]).shape == (sample.layout.patches,)
+    for method in ("cdpruner", "recoverable-compression"):
+        with torch.no_grad(), tokensieve.compress(model, method, text_tower=pair, tokenizer=processor) as run:
+            model.generate(**inputs, max_new_tokens=2)
+        assert run.history[-1].items[0].keep.numel() < sample.layout.patches
+
+
 # -- words ---------------------------------------------------------------------------------------------------
 
 

@@ -311,3 +311,16 @@ def test_pooling_head_gives_frame_vectors(tiny_host: Any) -> None:
     expected = unicomp.compress(features, 0.4, frame_vectors=vectors, frame_radius=-1.0)
     assert item.info["group_budget"].tolist() == expected.budgets.tolist()
     assert torch.equal(item.keep, expected.merged.source)
+
+
+def test_vocabulary_without_a_line_break() -> None:
+    """There is nothing to put in, and the groups follow each other."""
+    features = _clip(noise=0.4)
+    layout = Layout.regular("video", 8, 6, 6)
+    sample = TokenSample(features.flatten(0, 1), layout, {unicomp.NEWLINE: torch.empty(0)})
+    plan = unicomp.UniComp(retention=0.15, metric="features").run_tokens(sample).checked(288, "unicomp")
+    assert reading_order(layout, plan)[1].tolist() == list(range(plan.keep.numel()))
+    sample.signals = {unicomp.NEWLINE: torch.zeros(features.shape[-1])}
+    plan = unicomp.UniComp(retention=0.15, metric="features").run_tokens(sample).checked(288, "unicomp")
+    slots = reading_order(layout, plan)[1]
+    assert int((slots == -2).sum()) == plan.info["group_start"].numel()

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from tokensieve import pairing
 from tokensieve.errors import HostError, SignalError
@@ -299,6 +302,39 @@ def test_template_is_not_needed(prompts: dict[str, tuple[Any, Any]]) -> None:
     words = tiny.build_in_memory("llava")[1].tokenizer
     words.chat_template = None
     assert pairing.find_question(words, ids, _visual(model)).text == "Where is the ball?"
+
+
+def test_vocabulary_of_words() -> None:
+    """A tokenizer that splits at blanks: no token for a line break, words come back in lower case."""
+    words = ["<pad>", "<unk>", "<start>", "<end>", "<video>", "user", "assistant", "where", "is", "the", "ball", "?"]
+    core = Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.normalizer = tokenizers.normalizers.Lowercase()
+    parts = [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Punctuation()]
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<start>",
+        eos_token="<end>",
+        extra_special_tokens={"video_token": "<video>"},
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<start> {{ m['role'] }} {% for part in m['content'] if part['type'] == 'video' %}"
+        "<video> {% endfor %}{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}"
+        "<end> {% endfor %}{% if add_generation_prompt %}<start> assistant {% endif %}"
+    )
+    ids = _chat_ids(
+        tokenizer, [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Where is the ball?"}]}]
+    )
+    found = pairing.find_question(tokenizer, ids, {4})
+    assert found.text == "where is the ball ?"
+    assert found.ids.tolist() == [7, 8, 9, 10, 11]
+
+
+def _chat_ids(tokenizer: Any, messages: list[dict[str, Any]]) -> torch.Tensor:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer([text], return_tensors="pt")["input_ids"][0]
 
 
 def test_tokenizer_of_a_model(prompts: dict[str, tuple[Any, Any]], tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ SIGNALS: dict[str, Signal] = {
             "prompt.newline",
             "tokens",
             "[D]",
-            "Input embedding of the LLM for a line break.",
+            "Input embedding of the LLM for a line break, [0] where its vocabulary has none.",
             unit="prompt",
         ),
         Signal(

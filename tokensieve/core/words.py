@@ -134,11 +134,9 @@ class PromptWords:
         return make[name](words)
 
     def _newline(self) -> Tensor:
-        """Embedding of a line break; where a vocabulary spells it with several tokens, of the last of these."""
+        """Embedding of a line break [D]; of the last token where several spell it, [0] where none does."""
         ids = self._words()("\n", add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise HostError("The tokenizer of this model has no token for a line break; use separators='none'.")
-        return self._embedded(torch.tensor(ids[-1:]))[0]
+        return self._embedded(torch.tensor(ids[-1:]))[0] if ids else torch.empty(0)
 
     def _embedded(self, ids: Tensor) -> Tensor:
         table = self.base.get_input_embeddings()

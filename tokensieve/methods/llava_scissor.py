@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokensieve.core.layout import Layout
 from tokensieve.core.method import Kind, Method, Stage
-from tokensieve.core.plan import Plan
+from tokensieve.core.plan import Plan, SeparatorRule
 from tokensieve.core.registry import register
 from tokensieve.core.sample import TokenSample
 from tokensieve.errors import MethodError
@@ -319,10 +319,7 @@ class LLaVAScissor(Method):
     kind: ClassVar[Kind] = "merge"
     exact_count: ClassVar[bool] = False
     uniform_views: ClassVar[bool] = True
-    fidelity_note: ClassVar[str] = (
-        "components are exact where the released code samples nodes of large graphs; a newline embedding that "
-        "follows the whole video stays"
-    )
+    fidelity_note: ClassVar[str] = "components are exact where the released code samples nodes of large graphs"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -349,13 +346,13 @@ class LLaVAScissor(Method):
                 features, tau, approximate=self.approximate, epsilon=self.epsilon, generator=generator
             )
             merged, _ = merge_regions(features, regions)
-        # The released code forces a flat layout: no newline between frames or rows of a video.
-        views = torch.zeros(0, dtype=torch.int64) if sample.layout.kind == "video" else None
+        # The released code forces a flat layout: no newline between frames or rows of a video, nor behind it.
+        rule: SeparatorRule = "drop" if sample.layout.kind == "video" else "in-place"
         return Plan(
             merged.source,
             merged.features,
             merged.merge_map,
             self.position_policy,
-            views=views,
+            rule,
             info={"tau": tau},
         )

@@ -407,5 +407,7 @@ class UniComp(PairedMethod, ReadingMethod):
             return plan
         plan.separators = "per-group"
         plan.groups = torch.arange(starts.numel()).repeat_interleave(result.kept)
-        plan.separator = sample.signals.get(NEWLINE)
+        newline = sample.signals.get(NEWLINE)
+        # Vocabularies of words alone have no line break, and then there is nothing to put in.
+        plan.separator = newline if newline is not None and newline.numel() else None
         return plan
