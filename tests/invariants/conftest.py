@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +16,24 @@ from transformers.utils import logging
 from tokensieve import list_methods
 from tokensieve.core.registry import parse
 from tokensieve.hosts import Host, host_for, tiny
+from tokensieve.methods.explainability_compression import MapperConfig, RelevanceMapper
 
-OPTIONS = {"none": "", "frame-subsample": ":retention=0.5"}
+
+def _mapper() -> str:
+    """Folder of a small relevance mapper that is tied to no model."""
+    folder = tempfile.mkdtemp(prefix="tokensieve-mapper-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        RelevanceMapper(MapperConfig(channels=(8, 16))).save(folder)
+    return folder
+
+
+OPTIONS = {
+    "none": "",
+    "frame-subsample": ":retention=0.5",
+    "explainability-compression": f":retention=0.3,weights={_mapper()}",
+}
 """How a method is called in the matrix; every registered method takes part, at retention 0.3 unless named here."""
 COMPOSITIONS = {
     "vidcom2-exact": "vidcom2:retention=0.3,exact_total=true",

@@ -12,7 +12,11 @@ from tokensieve.core.layout import Layout
 from tokensieve.core.sample import HostFacts, TokenSample
 
 FRAMES, SIDE, WIDTH = 6, 8, 64
-WITH_TOKENS = [name for name in tokensieve.list_methods() if "tokens" in tokensieve.method_class(name).stages]
+WITH_TOKENS = [
+    name
+    for name in tokensieve.list_methods()
+    if "tokens" in tokensieve.method_class(name).stages and not tokensieve.method_class(name).needs_file
+]
 FACTS = HostFacts("llava", 28, 24, 22, True)
 
 

@@ -44,6 +44,8 @@ class Method:
     ----------
     lowest_layer
         First decoder layer in front of which the method can cut; 0 for methods that need nothing of a layer before.
+    needs_file
+        Option that names trained weights without which the method cannot run; empty for most.
     may_be_empty
         Whether a plan inside the LLM may drop every visual token.
     cuts_separators
@@ -68,6 +70,7 @@ class Method:
     uniform_views: ClassVar[bool] = False
     accepts_budget: ClassVar[bool] = False
     lowest_layer: ClassVar[int] = 1
+    needs_file: ClassVar[str] = ""
     may_be_empty: ClassVar[bool] = False
     cuts_separators: ClassVar[bool] = False
     published_positions: ClassVar[Positions] = "renumber"

@@ -149,11 +149,13 @@ def _option(pair: str) -> tuple[str, Any]:
 
 
 def fitting_methods(host: Any, base: Any) -> list[str]:
-    """Names of the methods whose signals a host can give, with default options."""
+    """Names of the methods whose signals a host can give, with default options; without those that need weights."""
     _load()
     facts = host.facts(base)
     fitting = []
     for name, cls in sorted(_METHODS.items()):
+        if cls.needs_file:
+            continue
         requests = cls().signals(facts)
         if all(host.availability(text.partition("@")[0], base) != "absent" for text in requests):
             fitting.append(name)
