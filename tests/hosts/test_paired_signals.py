@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -17,7 +18,8 @@ from tokensieve.core.plan import Plan
 from tokensieve.core.sample import TokenSample
 from tokensieve.errors import HostError, MethodError, SignalError
 from tokensieve.hosts import host_for, tiny
-from tokensieve.pairing import TextPair, load_pair
+from tokensieve.load import meta_model
+from tokensieve.pairing import PairSource, TextPair, load_pair
 
 CLIP = ["llava", "llava_next", "llava_next_video"]
 SIGLIP = ["llava_onevision", "llava_video"]
@@ -308,6 +310,17 @@ def test_pairs_of_the_wrong_kind(tiny_host: Any, pairs: dict[str, TextPair]) -> 
         tokensieve.compress(model, Listener(wanted=WORDS[:1], text_tower=pairs["llava"]))
     with pytest.raises(SignalError, match="projector does not take patch by patch"):
         tokensieve.compress(model, Listener(wanted=("encoder.states@feature",)))
+
+
+def test_structure_alone_loads_no_text_tower(tiny_host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Models without weights answer whether a method fits, and nothing is fetched."""
+    model, _ = tiny_host("llava")
+    empty = meta_model(model.config)
+    monkeypatch.setattr("tokensieve.hosts.base.find_source", lambda config: PairSource(None, "nowhere", 4))  # type: ignore[arg-type]
+    run = tokensieve.compress(empty, "cdpruner")
+    assert run.facts.text_tower == "nowhere"
+    with pytest.raises(HostError, match=r"text tower .*nowhere cannot be loaded"):
+        tokensieve.compress(model, "cdpruner", text_tower=str(tmp_path / "nowhere"))
 
 
 def test_prompt_that_asks_nothing(tiny_host: Any) -> None:

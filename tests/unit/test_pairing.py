@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,32 @@ def test_registered_pair_is_found(models: dict[str, Any], pairs: dict[str, tuple
         del geometry._SOURCES[shape]
     ours = pairing.load_pair(model, tokenizer)
     torch.testing.assert_close(pair.embed_question(QUESTION), ours.embed_question(QUESTION))
+
+
+def test_loaded_once_per_host(models: dict[str, Any], pairs: dict[str, tuple[Any, Any]], tmp_path: Path) -> None:
+    """By name: once for a host, again for another; and the tower that was trained on is mentioned."""
+    for part in pairs["llava"]:
+        part.save_pretrained(tmp_path)
+    tower = _tower(models["llava"])
+    first = pairing.resolve_pair(tower, str(tmp_path))
+    assert pairing.resolve_pair(tower, tmp_path) is first
+    other = tiny.build_in_memory("llava")[0]
+    assert pairing.resolve_pair(_tower(other), tmp_path) is not first
+    kept = weakref.ref(pairing.resolve_pair(_tower(other), tmp_path))
+    del other
+    gc.collect()
+    assert kept() is None, "it goes with its host"
+
+
+def test_tuned_towers_are_mentioned(
+    models: dict[str, Any], pairs: dict[str, tuple[Any, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = pairing.load_pair(*pairs["llava"])
+    with caplog.at_level("INFO", logger="tokensieve"):
+        pairing.resolve_pair(_tower(models["llava"]), pair)
+        assert not caplog.records
+        pairing.resolve_pair(_tower(tiny.build_in_memory("llava", seed=1)[0]), pair)
+    assert "was trained further since it left" in caplog.text
 
 
 # -- agreement -----------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ def prompt_requests(method: Any, facts: Any) -> list[str]:
 def pair_for(base: nn.Module, host: Host, methods: Sequence[Any], facts: Any) -> TextPair | None:
     """The text tower that the methods need, loaded and checked; None where none of their signals needs it.
 
+    Models without weights (on the meta device), of which only the structure is asked, load none.
+
     Raises
     ------
     SignalError
@@ -31,6 +33,8 @@ def pair_for(base: nn.Module, host: Host, methods: Sequence[Any], facts: Any) ->
     HostError
         If it cannot be loaded.
     """
+    if next(host.tower_module(base).parameters()).is_meta:
+        return None
     for method in methods:
         kinds = [SIGNALS[name].pair for name in _names(method.signals(facts)) if name in SIGNALS and SIGNALS[name].pair]
         if kinds:

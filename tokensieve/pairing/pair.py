@@ -7,6 +7,8 @@ object is given), whatever autocast says, on the device of its input.
 from __future__ import annotations
 
 import copy
+import logging
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from tokensieve.pairing.geometry import PairKind, VisionGeometry, find_source
 from tokensieve.pairing.heads import ClipHead, SharedHead, SiglipHead, Summary
 
 __all__ = ["Agreement", "ClipPair", "SiglipPair", "TextPair", "load_pair", "resolve_pair"]
+
+logger = logging.getLogger("tokensieve")
 
 _SMALL = 1 << 14
 """Tensors up to this size are compared by value with those of the host."""
@@ -328,8 +332,14 @@ def load_pair(source: str | Path | TextPair | nn.Module, tokenizer: Any = None) 
     return _PAIRS[kind](model.eval(), tokenizer or _load_tokenizer(name), name)
 
 
+_LOADED: weakref.WeakKeyDictionary[nn.Module, dict[str, TextPair]] = weakref.WeakKeyDictionary()
+"""Pairs that were loaded for a tower, by location; they go when the host goes."""
+
+
 def resolve_pair(tower: nn.Module, given: str | Path | TextPair | nn.Module | None = None) -> TextPair:
     """The pair of a host's vision tower, checked against it.
+
+    What is loaded by name is loaded once per host and kept as long as the host lives.
 
     Parameters
     ----------
@@ -354,14 +364,34 @@ def resolve_pair(tower: nn.Module, given: str | Path | TextPair | nn.Module | No
             what = f"this {geometry}" if geometry is not None else f"a {getattr(config, 'model_type', 'unknown')}"
             raise SignalError(f"No text tower is known for {what}; give the CLIP or SigLIP model it was taken from.")
         source = known.location
-    pair = load_pair(source)
-    pair.check(tower)
+    if isinstance(source, (TextPair, nn.Module)):
+        pair = load_pair(source)
+        _compare(pair, tower)
+        return pair
+    kept = _LOADED.setdefault(tower, {})
+    if str(source) not in kept:
+        pair = load_pair(source)
+        _compare(pair, tower)
+        kept[str(source)] = pair
+    pair = kept[str(source)]
     device = next(tower.parameters()).device
-    if given is not pair and not isinstance(given, nn.Module):
-        for part in (pair.text_model, getattr(pair, "text_projection", None), pair.head):
-            if isinstance(part, nn.Module):
-                part.to(device)
+    for part in (pair.text_model, getattr(pair, "text_projection", None)):
+        if isinstance(part, nn.Module):
+            part.to(device)
     return pair
+
+
+def _compare(pair: TextPair, tower: nn.Module) -> None:
+    """Refuse a pair of another shape; mention one whose vision half was trained on in the host."""
+    found = pair.check(tower)
+    if found.tuned:
+        logger.info(
+            "The vision tower was trained further since it left %s (%d of %d small weights differ), so that its text "
+            "tower knows an older one.",
+            pair.source,
+            found.compared - found.equal,
+            found.compared,
+        )
 
 
 def _load_model(name: str) -> Any:
