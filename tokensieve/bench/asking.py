@@ -88,22 +88,26 @@ def answer(
 
 def _decoded(model: Any, tokenizer: Any, inputs: Mapping[str, Any]) -> list[str]:
     produced = model.generate(
-        **inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False, num_beams=1, logits_processor=[_finite]
+        **inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False, num_beams=1, logits_processor=[_FiniteLogits()]
     )
     new = produced[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def _finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Pass scores on; greedy decoding of NaN would look like an answer."""
-    if bool(torch.isnan(scores).any()):
-        raise HostError("The model computes NaN; check its weights and the dtype (bfloat16 instead of float16).")
-    return scores
+class _FiniteLogits:
+    """Passes scores on; greedy decoding of NaN would look like an answer."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores as they are, or a HostError."""
+        if bool(torch.isnan(scores).any()):
+            raise HostError("The model computes NaN; check its weights and the dtype (bfloat16 instead of float16).")
+        return scores
 
 
 def _lettered(model: Any, tokenizer: Any, inputs: Mapping[str, Any], items: Sequence[Item]) -> list[str]:
     limit = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    scores = _finite(inputs["input_ids"], model(**inputs, use_cache=False, **limit).logits[:, -1].float())
+    logits = model(**inputs, use_cache=False, **limit).logits[:, -1]
+    scores = _FiniteLogits()(inputs["input_ids"], logits.float())
     found = []
     for row, item in zip(scores, items, strict=True):
         letters = [letter_ids(tokenizer, letter) for letter in string.ascii_uppercase[: len(item.candidates)]]
