@@ -11,7 +11,16 @@ import pytest
 from bridge_media import write_video
 
 import tokensieve
-from tokensieve.bridges.ray_batch import BatchSettings, Item, Journal, Workers, read_items, write_failed, write_table
+from tokensieve.bridges.ray_batch import (
+    BatchSettings,
+    Item,
+    Journal,
+    Workers,
+    read_items,
+    run_batch,
+    write_failed,
+    write_table,
+)
 from tokensieve.bridges.ray_batch.table import COLUMNS, check_format, failed_path, journal_path
 from tokensieve.bridges.ray_batch.workers import Answerer, Decoder
 from tokensieve.errors import TokensieveError
@@ -282,3 +291,45 @@ def test_the_command_refuses_before_anything_starts(tmp_path: Path, video: Path,
         assert end.value.code == 2
         assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.7:6379"])
+def test_a_cluster_that_cannot_be_used(
+    tmp_path: Path, settings: BatchSettings, monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    ray = pytest.importorskip("ray", reason="needs pip install 'tokensieve[batch]'")
+    asked: list[dict[str, Any]] = []
+
+    def fail(**options: Any) -> None:
+        asked.append(options)
+        raise Exception("first line\nThe node timed out.")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with (
+        Journal(tmp_path / "j", {}) as journal,
+        pytest.raises(TokensieveError, match=r"cannot be used at .* \(The node timed out\.\); .*\.$"),
+    ):
+        run_batch(items("a"), settings, Workers(models=3, decoders=5, address=address), journal)
+    assert asked[0]["address"] == (address or "local")
+    # A cluster has the cores that it has; on this machine there are at least as many as workers.
+    assert ("num_cpus" in asked[0]) is (address is None) and asked[0].get("num_cpus", 8) >= 8
+
+
+def test_a_cluster_that_is_too_small(tmp_path: Path, settings: BatchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="needs pip install 'tokensieve[batch]'")
+    ended: list[bool] = []
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 1.0})
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    with (
+        Journal(tmp_path / "j", {}) as journal,
+        pytest.raises(TokensieveError, match="need 3 processor cores and 2 GPUs, but Ray has 16 and 1"),
+    ):
+        run_batch(items("a"), settings, Workers(models=2, gpus=1.0), journal)
+    assert ended == [True] and journal.records == {}
+
+
+def test_nothing_to_do_starts_nothing(tmp_path: Path, settings: BatchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokensieve.bridges.ray_batch.pipeline._cluster", lambda workers: 1 / 0)
+    with Journal(tmp_path / "j", {}) as journal:
+        run_batch([], settings, Workers(), journal)

@@ -168,7 +168,7 @@ def test_a_client_that_goes_away_cancels_its_work(serving: Callable[..., Any], s
         while not backend.begun:
             await asyncio.sleep(0.01)
         gone.set()
-        sent = await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        sent = await asyncio.wait_for(asyncio.gather(*tasks), 30)
         backend.go.set()
         answer = await client.post(CHAT, json=HELLO)
         return sent, answer, (await client.get("/metrics")).text
@@ -216,7 +216,7 @@ def test_closing_the_iterator_ends_generation_at_the_next_token(loaded: tuple[An
     seconds, later = asyncio.run(work())
     backend.stop()
     assert isinstance(later[-1], Done) and later[-1].usage.new_tokens == 3
-    assert seconds < 5
+    assert seconds < 15
     assert not backend.alive
 
 
@@ -234,7 +234,7 @@ def test_a_cancelled_request_never_reaches_the_model(loaded: tuple[Any, Any]) ->
         await first.aclose()
         return [event async for event in backend.generate(generation(2))]
 
-    events = asyncio.run(asyncio.wait_for(work(), 20))
+    events = asyncio.run(asyncio.wait_for(work(), 60))
     backend.stop()
     assert isinstance(events[-1], Done)
 
@@ -308,30 +308,30 @@ def test_a_real_process(process: Any, video: Path) -> None:
     running, address, scratch = process
     base = f"http://{address}"
     body = ask(video_part(data_url(video)))
-    whole = httpx.post(base + CHAT, json=body, timeout=30).json()
+    whole = httpx.post(base + CHAT, json=body, timeout=120).json()
     assert whole["tokensieve"]["visual"] < whole["tokensieve"]["visual_before"]
-    with httpx.stream("POST", base + CHAT, json={**body, "stream": True}, timeout=30) as response:
+    with httpx.stream("POST", base + CHAT, json={**body, "stream": True}, timeout=120) as response:
         lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
 
     # Clients that go away in the middle of a long answer, of a body, or after garbage.
-    with httpx.stream("POST", base + CHAT, json={**body, "stream": True, "max_tokens": 2000}, timeout=30) as response:
+    with httpx.stream("POST", base + CHAT, json={**body, "stream": True, "max_tokens": 2000}, timeout=120) as response:
         next(response.iter_lines())
     host, port = address.split(":")
     for sent in (b"GARBAGE\r\n\r\n", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"):
         with socket.create_connection((host, int(port)), 5) as connection:
             connection.sendall(sent)
-    large = httpx.post(base + CHAT, content=b" " * 3_000_000, timeout=30)
+    large = httpx.post(base + CHAT, content=b" " * 3_000_000, timeout=120)
     assert large.status_code == 413 and "larger than the 1000000 bytes" in large.text
-    after = httpx.post(base + CHAT, json=body, timeout=30).json()
+    after = httpx.post(base + CHAT, json=body, timeout=120).json()
     assert after["choices"][0]["message"] == whole["choices"][0]["message"]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while 'outcome="cancelled"} 2.0' not in (text := httpx.get(base + "/metrics").text):
         assert time.monotonic() < deadline, text
         time.sleep(0.1)
     assert list(scratch.iterdir()) == []
     running.send_signal(signal.SIGINT)
-    assert running.wait(20) == 0
+    assert running.wait(90) == 0
     assert list(scratch.iterdir()) == []
     # The one line is about the garbage.
     assert running.stderr.read() == "WARNING:  Invalid HTTP request received.\n"

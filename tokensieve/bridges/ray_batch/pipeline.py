@@ -183,10 +183,13 @@ def _cluster(workers: Workers) -> Iterator[Any]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         ray.init(address=workers.address or "local", **options)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise TokensieveError(
-            f"Ray cannot be started or reached at {workers.address or 'this machine'} ({_first_line(error)})."
-        ) from error
+    except Exception as error:
+        # Ray raises errors of all kinds here, plain exceptions among them.
+        hint = (
+            "check the address and the cluster's token" if workers.address else "a busy machine may need a second try"
+        )
+        place = workers.address or "this machine"
+        raise TokensieveError(f"Ray cannot be used at {place} ({_first_line(error)}); {hint}.") from error
     context.enable_progress_bars = False
     context.max_errored_blocks = -1
     context.execution_options.preserve_order = False
