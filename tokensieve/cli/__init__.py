@@ -18,7 +18,9 @@ from tokensieve.cli.listing import list_app
 from tokensieve.cli.profiling import profile
 from tokensieve.cli.serve import serve
 from tokensieve.cli.train import train_app
+from tokensieve.cli.tune import tune_app
 from tokensieve.cli.view import view
+from tokensieve.cli.world import world_app
 
 __all__ = ["app", "main"]
 
@@ -59,8 +61,10 @@ app.command("profile")(profile)
 app.command("bench")(bench)
 app.command("demo")(demo)
 app.command("serve")(serve)
+app.add_typer(world_app, name="world")
 app.command("batch")(batch)
 app.add_typer(train_app, name="train")
+app.add_typer(tune_app, name="tune")
 
 
 def main() -> None:

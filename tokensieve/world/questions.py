@@ -8,21 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 
-from tokensieve.world.scene import CELL, Scene, Thing
+from tokensieve.world.scene import CELL, Scene
 from tokensieve.world.words import COLOUR_NAMES, COUNTS, DIGITS, DIRECTIONS, FAMILIES, QUARTERS, SHAPES, SIGNS
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question: its family, its words, the answers one may choose from, and the right one."""
+    """One question: its family, its words, the answers one may choose from, and the right one.
+
+    ``about`` holds, for every object that the words mention, its index in the scene, or -1 if there is no such object.
+    """
 
     family: str
     text: str
     candidates: tuple[str, ...]
     answer: str
+    about: tuple[int, ...] = ()
 
     @property
     def chance(self) -> float:
@@ -63,39 +68,33 @@ def draw_questions(scene: Scene, number: int, rng: np.random.Generator, weights:
     return [pool[names[i]][int(rng.integers(len(pool[names[i]])))] for i in picks]
 
 
-def _steady(scene: Scene) -> list[Thing]:
-    return [thing for thing in scene.things if not thing.changed]
-
-
 def _attributes(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     shapes = [thing.shape for thing in scene.things]
     colours = [c for thing in scene.things for c in {thing.colour, thing.later_colour}]
-    for thing in _steady(scene):
-        if thing.role == "flash":
+    for i, thing in enumerate(scene.things):
+        if thing.role == "flash" or thing.changed:
             continue
+        colour, shape = COLOUR_NAMES[thing.colour], SHAPES[thing.shape]
         if shapes.count(thing.shape) == 1:
-            yield Question(
-                "attributes", f"what colour is the {SHAPES[thing.shape]}?", COLOUR_NAMES, COLOUR_NAMES[thing.colour]
-            )
+            yield Question("attributes", f"what colour is the {shape}?", COLOUR_NAMES, colour, (i,))
         if colours.count(thing.colour) == 1:
-            yield Question(
-                "attributes", f"what shape is the {COLOUR_NAMES[thing.colour]} object?", SHAPES, SHAPES[thing.shape]
-            )
+            yield Question("attributes", f"what shape is the {colour} object?", SHAPES, shape, (i,))
 
 
 def _existence(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     """As many objects that are there as objects that are not, the latter with a shape and a colour that both occur."""
-    steady = [thing for thing in _steady(scene) if thing.role != "flash"]
+    steady = [i for i, thing in enumerate(scene.things) if thing.role != "flash" and not thing.changed]
     there = {(thing.shape, colour) for thing in scene.things for colour in (thing.colour, thing.later_colour)}
     shapes = sorted({thing.shape for thing in scene.things})
     colours = sorted({colour for _, colour in there})
-    absent = [(shape, colour) for shape in shapes for colour in colours if (shape, colour) not in there]
-    present = [(thing.shape, thing.colour) for thing in steady]
+    absent = [(shape, colour, -1) for shape in shapes for colour in colours if (shape, colour) not in there]
+    present = [(scene.things[i].shape, scene.things[i].colour, i) for i in steady]
     number = min(len(absent), len(present))
     for pool, answer in ((present, "yes"), (absent, "no")):
         for i in rng.permutation(len(pool))[:number]:
-            shape, colour = pool[int(i)]
-            yield Question("existence", f"is there a {COLOUR_NAMES[colour]} {SHAPES[shape]}?", ("yes", "no"), answer)
+            shape, colour, which = pool[int(i)]
+            text = f"is there a {COLOUR_NAMES[colour]} {SHAPES[shape]}?"
+            yield Question("existence", text, ("yes", "no"), answer, (which,))
 
 
 def _counting(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
@@ -105,40 +104,42 @@ def _counting(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
 
 
 def _motion(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    for thing in scene.things:
+    for i, thing in enumerate(scene.things):
         if thing.role == "mover":
             across, down = thing.velocity
             answer = ("right" if across > 0 else "left") if across else ("down" if down > 0 else "up")
-            yield Question("motion", f"which way does the {thing.name} move?", DIRECTIONS, answer)
+            yield Question("motion", f"which way does the {thing.name} move?", DIRECTIONS, answer, (i,))
 
 
 def _order(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    events = [thing for thing in scene.things if thing.role == "event"]
+    events = [i for i, thing in enumerate(scene.things) if thing.role == "event"]
     for i, one in enumerate(events):
         for other in events[i + 1 :]:
-            if one.shape == other.shape:
+            about = (one, other) if rng.random() < 0.5 else (other, one)
+            pair = [scene.things[j] for j in about]
+            if pair[0].shape == pair[1].shape:
                 continue
-            pair = (one, other) if rng.random() < 0.5 else (other, one)
             earlier, later = sorted(pair, key=lambda thing: thing.first)
             candidates = (SHAPES[pair[0].shape], SHAPES[pair[1].shape])
             word, right = (("first", earlier), ("last", later))[int(rng.integers(2))]
             text = f"which appears {word}, the {pair[0].name} or the {pair[1].name}?"
-            yield Question("order", text, candidates, SHAPES[right.shape])
+            yield Question("order", text, candidates, SHAPES[right.shape], about)
 
 
 def _moment(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    for thing in scene.things:
+    for i, thing in enumerate(scene.things):
         if thing.role == "event":
             answer = QUARTERS[thing.first * 4 // scene.frames]
-            yield Question("moment", f"in which quarter does the {thing.name} appear?", QUARTERS, answer)
+            yield Question("moment", f"in which quarter does the {thing.name} appear?", QUARTERS, answer, (i,))
 
 
 def _one_frame(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    for thing in scene.things:
+    for i, thing in enumerate(scene.things):
         if thing.role == "flash":
-            yield Question("one-frame", "which shape flashes for a single frame?", SHAPES, SHAPES[thing.shape])
+            colour, shape = COLOUR_NAMES[thing.colour], SHAPES[thing.shape]
+            yield Question("one-frame", "which shape flashes for a single frame?", SHAPES, shape, (i,))
             text = "what colour is the object that flashes for a single frame?"
-            yield Question("one-frame", text, COLOUR_NAMES, COLOUR_NAMES[thing.colour])
+            yield Question("one-frame", text, COLOUR_NAMES, colour, (i,))
 
 
 def _reading(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
@@ -147,25 +148,23 @@ def _reading(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
 
 
 def _spatial(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    still = [thing for thing in scene.things if thing.role == "still" and not thing.changed]
-    for one in still:
-        for other in still:
-            if one is other:
-                continue
-            across, down = one.start[0] - other.start[0], one.start[1] - other.start[1]
-            if abs(across) >= 1.25 * CELL:
-                text = f"is the {one.name} left or right of the {other.name}?"
-                yield Question("spatial", text, ("left", "right"), "left" if across < 0 else "right")
-            if abs(down) >= 1.25 * CELL:
-                text = f"is the {one.name} above or below the {other.name}?"
-                yield Question("spatial", text, ("above", "below"), "above" if down < 0 else "below")
+    still = [i for i, thing in enumerate(scene.things) if thing.role == "still" and not thing.changed]
+    for i, j in permutations(still, 2):
+        one, other = scene.things[i], scene.things[j]
+        across, down = one.start[0] - other.start[0], one.start[1] - other.start[1]
+        if abs(across) >= 1.25 * CELL:
+            text = f"is the {one.name} left or right of the {other.name}?"
+            yield Question("spatial", text, ("left", "right"), "left" if across < 0 else "right", (i, j))
+        if abs(down) >= 1.25 * CELL:
+            text = f"is the {one.name} above or below the {other.name}?"
+            yield Question("spatial", text, ("above", "below"), "above" if down < 0 else "below", (i, j))
 
 
 def _two_places(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     if scene.watched >= 0:
         thing = scene.things[scene.watched]
         text = f"is the {SHAPES[thing.shape]} the same colour at the start and at the end?"
-        yield Question("two-places", text, ("yes", "no"), "no" if thing.changed else "yes")
+        yield Question("two-places", text, ("yes", "no"), "no" if thing.changed else "yes", (scene.watched,))
 
 
 _Maker = Callable[[Scene, np.random.Generator], Iterator[Question]]

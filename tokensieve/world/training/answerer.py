@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from tokensieve.world.models import POOLED, WIDTH, video_llm
-from tokensieve.world.scene import scene_of
+from tokensieve.world.models import video_llm
+from tokensieve.world.scene import Scene, scene_of
 from tokensieve.world.training import attention
 from tokensieve.world.training.clips import Blocks, Eye, encode_clips, load_eye
-from tokensieve.world.training.labels import CELL_WORDS
+from tokensieve.world.training.grounding import fact_head, fact_loss, sight_head, sight_loss
 from tokensieve.world.training.optimise import optimisers, set_rate
 from tokensieve.world.training.state import Checkpoint, append_log
 from tokensieve.world.training.turns import IGNORED, Turns, choose, conversation, opening, separate, token_ids
@@ -48,8 +48,9 @@ BLOCK_STEPS = 24
 TALK_EVERY = 6
 """One step in so many trains on conversations."""
 
-SIGHT_LAYER, SIGHT_WEIGHT, TIMES = 2, 0.2, 8
-"""Layer after which the auxiliary head reads, weight of its loss, and the parts of a clip that it tells apart."""
+SIGHT_LAYER, SIGHT_WEIGHT = 2, 0.2
+FACT_LAYER, FACT_WEIGHT = 3, 0.3
+"""Layers after which the auxiliary heads read, and the weights of their losses."""
 
 VISITS = 2
 """How often a clip of a block is used."""
@@ -58,18 +59,17 @@ VISITS = 2
 def curriculum(scale: float = 1.0) -> tuple[Phase, ...]:
     """The phases of the published model; ``scale`` shortens all of them for a trial."""
     plan = (
-        Phase(360, 4, 24, 16, 0.1),
-        Phase(360, 8, 16, 20, 0.3),
-        Phase(1320, 16, 10, 20, 0.5),
-        Phase(72, 32, 5, 20, 0.6),
-        Phase(168, 16, 12, 20, 0.5),
+        Phase(192, 4, 24, 16, 0.1),
+        Phase(240, 8, 16, 20, 0.3),
+        Phase(1008, 16, 10, 20, 0.5),
+        Phase(48, 32, 5, 20, 0.6),
+        Phase(144, 16, 12, 20, 0.5),
     )
-    return tuple(
-        Phase(
-            max(BLOCK_STEPS, round(p.steps * scale / BLOCK_STEPS) * BLOCK_STEPS), p.frames, p.clips, p.turns, p.missing
-        )
-        for p in plan
-    )
+    return tuple(replace(phase, steps=_whole_blocks(phase.steps * scale)) for phase in plan)
+
+
+def _whole_blocks(steps: float) -> int:
+    return max(1, round(steps / BLOCK_STEPS)) * BLOCK_STEPS
 
 
 class Answerer(nn.Module):
@@ -79,12 +79,12 @@ class Answerer(nn.Module):
         super().__init__()
         self.decoder = llm.model.language_model
         self.newline = llm.model.image_newline
-        self.sights = nn.Linear(WIDTH, len(CELL_WORDS) + TIMES + 2 * POOLED + 5)
+        self.sights, self.facts = sight_head(), fact_head()
         self.decoder.config._attn_implementation = attention.NAME
         self.register_buffer("opening", torch.tensor(opening()), persistent=False)
 
-    def forward(self, visual: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor]:
-        """Answers and sights.
+    def forward(self, visual: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Answers, and what the auxiliary heads read.
 
         Parameters
         ----------
@@ -97,7 +97,7 @@ class Answerer(nn.Module):
         -------
         tuple of torch.Tensor
             Logits ``[n, V]`` of the positions with a target, in the order of ``turns.targets`` without the ignored
-            ones, and what the auxiliary head reads from each visual token half-way through the layers, ``[B, M, S]``.
+            ones; what the heads read from each visual token, ``[B, M, S]``, and from each mention, ``[m, G]``.
         """
         batch, number, length = turns.ids.shape
         table = self.decoder.embed_tokens
@@ -108,57 +108,24 @@ class Answerer(nn.Module):
         size = prefix.shape[1]
         own = torch.arange(length) + size
         positions = torch.cat([torch.arange(size), own.repeat(number)])[None]
-        seen: list[torch.Tensor] = []
-        half_way = self.decoder.layers[SIGHT_LAYER].register_forward_hook(lambda _, __, out: seen.append(out))
+        seen: dict[int, torch.Tensor] = {}
+        hooks = [
+            self.decoder.layers[i].register_forward_hook(lambda _, __, out, i=i: seen.update({i: out}))
+            for i in (SIGHT_LAYER, FACT_LAYER)
+        ]
         try:
             last = self.decoder(
                 inputs_embeds=states, position_ids=positions, use_cache=False, layout=(size, number, length)
             ).last_hidden_state
         finally:
-            half_way.remove()
+            for hook in hooks:
+                hook.remove()
         wanted = turns.targets.flatten(1) != IGNORED
         visible = slice(len(self.opening), size - 1)
-        return F.linear(last[:, size:][wanted], table.weight), self.sights(seen[0][:, visible])
-
-
-@dataclass(frozen=True)
-class Sights:
-    """Targets of the auxiliary head for a batch, ``[B, F, 36, ...]``; see :func:`sight_loss`."""
-
-    words: torch.Tensor
-    motion: torch.Tensor
-
-
-def sight_loss(read: torch.Tensor, sights: Sights, idx: torch.Tensor | None) -> torch.Tensor:
-    """How well each visual token knows when and where it is, how its content moved, and what was there before.
-
-    Answers about order, place and motion need these facts inside the language model; found from answers alone they
-    take many times longer to learn.
-
-    Parameters
-    ----------
-    read
-        Output of the head ``[B, M, S]``.
-    sights
-        What there is to see.
-    idx
-        Positions ``[B, M]`` of the tokens among all of the clip, or None for all; without some tokens the past is not
-        asked for.
-    """
-    batch, frames, cells, _ = sights.words.shape
-    words, times, rows, columns, motion = read.float().split([len(CELL_WORDS), TIMES, POOLED, POOLED, 5], -1)
-    at = torch.arange(frames * cells).expand(batch, -1) if idx is None else idx
-    loss = F.cross_entropy(times.flatten(0, 1), (at // cells * TIMES // frames).flatten())
-    loss = loss + F.cross_entropy(rows.flatten(0, 1), (at % cells // POOLED).flatten())
-    loss = loss + F.cross_entropy(columns.flatten(0, 1), (at % POOLED).flatten())
-    moved = sights.motion.flatten(1).gather(1, at).flatten()
-    weight = torch.tensor([0.05, 1.0, 1.0, 1.0, 1.0])
-    loss = loss + F.cross_entropy(motion.flatten(0, 1), moved, weight)
-    if idx is None:
-        before = sights.words[:, :-1].flatten(1, 2).float()
-        each = F.binary_cross_entropy_with_logits(words[:, cells:], before, reduction="sum")
-        loss = loss + each / before.sum().clamp(min=1)
-    return loss
+        clip = torch.tensor([one.clip for one in turns.mentions], dtype=torch.long)
+        place = [size + one.turn * length + one.position for one in turns.mentions]
+        facts = self.facts(seen[FACT_LAYER][clip, torch.tensor(place, dtype=torch.long)])
+        return F.linear(last[:, size:][wanted], table.weight), self.sights(seen[SIGHT_LAYER][:, visible]), facts
 
 
 def thinned(
@@ -212,7 +179,7 @@ def train_answerer(
         Loss and accuracy per family since the record before.
     """
     model, eye = build_answerer(tower_folder, seed)
-    found = optimisers([model], muon=2e-3, adam=1.5e-3)
+    found = optimisers([model], muon=3.5e-3, adam=2e-3)
     checkpoint = Checkpoint(folder)
     done = checkpoint.load({"answerer": model}, found)
     examination, tally, began = Examination(eye), Tally(), time.monotonic()
@@ -221,14 +188,16 @@ def train_answerer(
         for step, phase, batch, first in batches(blocks, phases, done):
             rate = set_rate(found, step, steps)
             rng = np.random.default_rng((5, seed, step))
-            turns = _turns_of(step, phase, first, phase.clips, rng)
+            scenes = [scene_of("train", first + i, phase.frames) for i in range(phase.clips)]
+            turns = _turns_of(step, phase, scenes, rng)
             visual, idx = thinned(batch["features"], rng, phase.missing)
             with torch.autocast("cpu", torch.bfloat16):
-                logits, read = model(visual, turns)
+                logits, sights, facts = model(visual, turns)
             logits, targets = logits.float(), turns.targets[turns.targets != IGNORED]
             loss = _loss(logits, targets)
-            sight = sight_loss(read, Sights(batch["words"], batch["motion"]), idx)
-            (loss + SIGHT_WEIGHT * sight).backward()
+            sight = sight_loss(sights, batch["words"], batch["motion"], idx)
+            fact = fact_loss(facts, turns.mentions, scenes)
+            (loss + SIGHT_WEIGHT * sight + FACT_WEIGHT * fact).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in found.values():
                 optimiser.step()
@@ -238,15 +207,15 @@ def train_answerer(
                 checkpoint.save(step + 1, {"answerer": model}, found)
             if (step + 1) % every == 0 or step + 1 == steps:
                 record = {"step": step + 1, "frames": phase.frames, "rate": rate, "seconds": time.monotonic() - began}
-                record |= {"sights": float(sight.detach())} | tally.close()
+                record |= {"sights": float(sight.detach()), "facts": float(fact.detach())} | tally.close()
                 if (step + 1) % examine_every == 0 or step + 1 == steps:
                     record |= {f"held out {name}": hits for name, hits in examination(model, phase.frames).items()}
                 append_log(folder / "log.jsonl", record)
                 yield record
 
 
-def _turns_of(step: int, phase: Phase, first: int, clips: int, rng: np.random.Generator) -> Turns:
-    asked = [choose(scene_of("train", first + i, phase.frames), phase.turns, rng) for i in range(clips)]
+def _turns_of(step: int, phase: Phase, scenes: list[Scene], rng: np.random.Generator) -> Turns:
+    asked = [choose(scene, phase.turns, rng) for scene in scenes]
     if step % TALK_EVERY == TALK_EVERY - 1:
         return conversation([clip[:8] for clip in asked])
     return separate(asked)

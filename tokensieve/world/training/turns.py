@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from tokensieve.world.models import tokenizer
 from tokensieve.world.questions import Question, questions
 from tokensieve.world.scene import Scene
+from tokensieve.world.words import SHAPES
 
 LIMITS: dict[str, int] = {"attributes": 4, "existence": 4, "spatial": 4}
 """Families with many questions per clip, and how many of them enter one training sequence."""
@@ -58,23 +59,54 @@ def choose(scene: Scene, number: int, rng: np.random.Generator) -> list[Question
 
 
 @dataclass(frozen=True)
+class Mention:
+    """The token ``[clip, turn, position]`` that completes the name of an object, and its index in the scene or -1."""
+
+    clip: int
+    turn: int
+    position: int
+    thing: int
+
+
+@dataclass(frozen=True)
 class Turns:
     """Token rows of a batch.
 
     ``ids`` and ``targets`` are ``int64 [B, K, L]`` for turns that do not see each other, or ``[B, 1, L]`` for one
     conversation; padding comes last and is ignored. ``families`` names the family of each ``[B, K]`` turn ("" where
-    a clip has fewer).
+    a clip has fewer). ``mentions`` says where the words speak of an object, in separate turns only.
     """
 
     ids: torch.Tensor
     targets: torch.Tensor
     families: list[list[str]]
+    mentions: tuple[Mention, ...] = ()
 
 
 def separate(asked: list[list[Question]]) -> Turns:
     """Every question as the first one after the video."""
     rows = [[turn(question, True) for question in clip] for clip in asked]
-    return _packed(rows, [[question.family for question in clip] for clip in asked])
+    found = _packed(rows, [[question.family for question in clip] for clip in asked])
+    mentions = (
+        Mention(i, j, position, thing)
+        for i, clip in enumerate(asked)
+        for j, question in enumerate(clip)
+        for position, thing in zip(_named(question), question.about, strict=True)
+    )
+    return replace(found, mentions=tuple(mentions))
+
+
+@cache
+def _names() -> frozenset[int]:
+    return frozenset(token for word in (*SHAPES, "object") for token in token_ids(word))
+
+
+def _named(question: Question) -> list[int]:
+    """Positions of the words that complete the names of the objects that a question mentions."""
+    ids = token_ids(question.text)
+    if question.family == "one-frame":
+        return [ids.index(token_ids("flashes")[0])]
+    return [i for i, token in enumerate(ids) if token in _names()] if question.about else []
 
 
 def conversation(asked: list[list[Question]]) -> Turns:

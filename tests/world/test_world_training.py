@@ -1,0 +1,159 @@
+"""Training of the bundled models: resumable to the bit, and saved models that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tokensieve.world import scene_of
+from tokensieve.world.draw import draw
+from tokensieve.world.models import clip_pair, tokenizer, video_llm, video_processor
+from tokensieve.world.questions import questions
+from tokensieve.world.training import answerer as second
+from tokensieve.world.training.answerer import Answerer, Phase, train_answerer
+from tokensieve.world.training.attention import TurnAttention
+from tokensieve.world.training.clips import Eye
+from tokensieve.world.training.labels import CELL_WORDS, PHRASES, clip_targets, label
+from tokensieve.world.training.run import CLIP_PAIR, VIDEO_LLM, export
+from tokensieve.world.training.state import Checkpoint
+from tokensieve.world.training.tower import build, normalised, pooled, train_tower
+from tokensieve.world.training.turns import IGNORED, choose, conversation, separate, turn
+
+
+def test_turn_attention_and_its_gradients_equal_masked_attention():
+    size, number, length = 250, 3, 7
+    total = size + number * length
+    torch.manual_seed(0)
+    states = [torch.randn(2, 2, total, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    query, key, value = states
+    mask = torch.ones(total, total, dtype=torch.bool).tril()
+    for i in range(number):
+        mask[size + i * length : size + (i + 1) * length, size : size + i * length] = False
+    expected = (query @ key.transpose(-1, -2)).masked_fill(~mask, -1e300).softmax(-1) @ value
+    found = TurnAttention.apply(query, key, value, (size, number, length))
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), states)
+    given = torch.autograd.grad((found * weight).sum(), states)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_cached_tokens_and_turns_give_the_logits_of_the_model():
+    """The fast path of the training computes what plain transformers computes for the same prompt."""
+    torch.manual_seed(0)
+    llm, processor = video_llm().eval(), video_processor()
+    scene = scene_of("train", 5, 8)
+    frames = draw(scene)
+    question = questions(scene)["attributes"][0]
+    message = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question.text}]}]
+    text = processor.apply_chat_template(message, add_generation_prompt=True)
+    inputs = processor(text=[text], videos=[frames], return_tensors="pt")
+    with torch.no_grad():
+        expected = llm(**inputs).logits[0, -1]
+        eye = Eye(llm.model.vision_tower, llm.model.multi_modal_projector)
+        states = eye.tower(pixel_values=normalised(torch.from_numpy(frames)), output_hidden_states=True).hidden_states
+        tokens = pooled(eye.projector(states[-2][:, 1:])).flatten(0, 1)[None]
+        other = choose(scene, 3, np.random.default_rng(0))
+        found, _ = Answerer(llm)(tokens, separate([[*other, question]]))
+    answers = separate([[*other, question]]).targets
+    last_turn = (answers != IGNORED).nonzero()[:, 1] == len(other)
+    torch.testing.assert_close(found[last_turn][0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_turns_are_written_as_the_chat_template_writes_them():
+    scene = scene_of("train", 3)
+    asked = choose(scene, 3, np.random.default_rng(0))
+    processor, words = video_processor(), tokenizer()
+    messages = []
+    for i, question in enumerate(asked):
+        content = [{"type": "video"}] if i == 0 else []
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question.text}]})
+        messages.append({"role": "assistant", "content": question.answer})
+    written = words(processor.apply_chat_template(messages), add_special_tokens=False)["input_ids"]
+    after_video = written[written.index(words.convert_tokens_to_ids("<video>")) + 1 :]
+    found = conversation([asked])
+    assert found.ids[0, 0].tolist() == after_video
+    targets = found.targets[0, 0]
+    said = [words.decode([int(t)]) for t in targets if t != IGNORED and t != words.eos_token_id]
+    assert said == [question.answer for question in asked]
+
+
+def test_a_target_stands_where_the_model_predicts_it():
+    ids, targets = turn(questions(scene_of("train", 0))["counting"][0], True)
+    for i, target in enumerate(targets):
+        assert target in (IGNORED, *ids[i + 1 : i + 2])
+
+
+def test_labels_of_a_frame_name_what_is_in_each_cell():
+    scene = scene_of("train", 7)
+    words, motion = clip_targets(scene)
+    assert words.shape == (16, 36, len(CELL_WORDS))
+    thing = next(thing for thing in scene.things if thing.role == "mover")
+    x, y = thing.centre(8)
+    cell = int(y) // 16 * 6 + int(x) // 16
+    named = {CELL_WORDS[i] for i in words[8, cell].nonzero()[0]}
+    assert set(thing.name.split()) <= named
+    assert motion[8, cell] > 0 and (motion[0] == 0).all()
+    found = label(scene, 8, np.random.default_rng(0))
+    assert (found.patches == PHRASES.index(thing.name)).sum() >= 1
+
+
+def _parameters(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
+    stage, _ = build(seed)
+    assert Checkpoint(folder).load({"stage": stage}, {}) > 0
+    return stage.state_dict()
+
+
+def test_a_killed_first_stage_goes_on_to_the_same_weights(tmp_path: Path):
+    assert [record["step"] for record in train_tower(tmp_path / "whole", 3, batch=4, every=1)] == [1, 2, 3]
+    killed = train_tower(tmp_path / "parts", 3, batch=4, every=1)
+    next(killed)
+    killed.close()
+    (tmp_path / "parts" / "state-9.safetensors").write_bytes(b"half a file")
+    assert [record["step"] for record in train_tower(tmp_path / "parts", 3, batch=4, every=1)] == [2, 3]
+    whole, parts = _parameters(tmp_path / "whole"), _parameters(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not list((tmp_path / "parts").glob("state-9*"))
+
+
+def test_a_killed_second_stage_goes_on_to_the_same_weights_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(second, "BLOCK_STEPS", 2)
+    phases = (Phase(2, 4, 2, 3, 0.0), Phase(2, 8, 2, 3, 1.0))
+    tower = tmp_path / "tower"
+    list(train_tower(tower, 1, batch=4))
+    records = list(train_answerer(tmp_path / "answerer", tower, phases, every=1, examine_every=99))
+    assert [record["frames"] for record in records] == [4, 4, 8, 8]
+    killed = train_answerer(tmp_path / "parts", tower, phases, every=1, examine_every=99)
+    for _ in range(3):
+        next(killed)
+    killed.close()
+    again = list(train_answerer(tmp_path / "parts", tower, phases, every=1, examine_every=99))
+    assert again[-1]["loss"] == records[-1]["loss"]
+    assert not list((tmp_path / "parts" / "blocks").glob("*.safetensors"))
+
+    export(tmp_path, tmp_path / "models")
+    from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+    clip = AutoModel.from_pretrained(tmp_path / "models" / CLIP_PAIR)
+    llm = AutoModelForImageTextToText.from_pretrained(tmp_path / "models" / VIDEO_LLM)
+    assert type(clip) is type(clip_pair()) and clip.dtype == llm.dtype == torch.bfloat16
+    for name, value in clip.vision_model.state_dict().items():
+        assert torch.equal(value, llm.model.vision_tower.state_dict()[name]), name
+    AutoProcessor.from_pretrained(tmp_path / "models" / CLIP_PAIR)
+    AutoProcessor.from_pretrained(tmp_path / "models" / VIDEO_LLM)
+
+
+def test_the_second_stage_needs_the_first(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="first stage"):
+        next(train_answerer(tmp_path / "answerer", tmp_path / "tower", (Phase(24, 4, 2, 2, 0.0),)))
+
+
+def test_every_word_of_a_phrase_is_known():
+    words = tokenizer()
+    unknown = words.unk_token_id
+    for phrase in PHRASES:
+        assert unknown not in words(phrase, add_special_tokens=False)["input_ids"]

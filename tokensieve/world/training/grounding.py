@@ -1,0 +1,128 @@
+"""Auxiliary targets inside the language model: what each visual token sees, and what a mentioned object is like.
+
+Answers about order, place and motion need these facts on the way. Found from answers alone they take many times longer
+to learn, so two small heads that are dropped after the training ask for them directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokensieve.world.models import POOLED, WIDTH
+from tokensieve.world.scene import CELL, SIZE, Scene, Thing
+from tokensieve.world.training.labels import CELL_WORDS
+from tokensieve.world.training.turns import IGNORED, Mention
+from tokensieve.world.words import COLOUR_NAMES, DIRECTIONS, SHAPES
+
+TIMES = 8
+"""Parts of a clip that the heads tell apart."""
+
+SIGHTS = {"words": len(CELL_WORDS), "time": TIMES, "row": POOLED, "column": POOLED, "motion": 1 + len(DIRECTIONS)}
+FACTS = {
+    "there": 2,
+    "colour": len(COLOUR_NAMES),
+    "later colour": len(COLOUR_NAMES),
+    "shape": len(SHAPES),
+    "time": TIMES,
+    "row": POOLED,
+    "column": POOLED,
+    "motion": 1 + len(DIRECTIONS),
+}
+
+
+def sight_head() -> nn.Linear:
+    """Head over visual tokens."""
+    head = nn.Linear(WIDTH, sum(SIGHTS.values()))
+    # Few words apply to a cell; without this the first hundred steps only learn that.
+    nn.init.constant_(head.bias[: SIGHTS["words"]], -4.5)
+    return head
+
+
+def fact_head() -> nn.Linear:
+    """Head over the words that name objects."""
+    return nn.Linear(WIDTH, sum(FACTS.values()))
+
+
+def sight_loss(read: torch.Tensor, words: torch.Tensor, motion: torch.Tensor, idx: torch.Tensor | None) -> torch.Tensor:
+    """How well each visual token knows when and where it is, how its content moved, and what was there before.
+
+    Parameters
+    ----------
+    read
+        Output of the head ``[B, M, S]``.
+    words, motion
+        Targets ``[B, F, 36, W]`` and ``[B, F, 36]`` of :func:`~tokensieve.world.training.labels.clip_targets`.
+    idx
+        Positions ``[B, M]`` of the tokens among all of the clip, or None for all; without some tokens the past is not
+        asked for.
+    """
+    batch, frames, cells, _ = words.shape
+    past, time, row, column, moved = read.float().split(list(SIGHTS.values()), -1)
+    at = torch.arange(frames * cells).expand(batch, -1) if idx is None else idx
+    loss = F.cross_entropy(time.flatten(0, 1), (at // cells * TIMES // frames).flatten())
+    loss = loss + F.cross_entropy(row.flatten(0, 1), (at % cells // POOLED).flatten())
+    loss = loss + F.cross_entropy(column.flatten(0, 1), (at % POOLED).flatten())
+    still_is_common = torch.tensor([0.05, *[1.0] * len(DIRECTIONS)])
+    loss = loss + F.cross_entropy(moved.flatten(0, 1), motion.flatten(1).gather(1, at).flatten(), still_is_common)
+    if idx is None:
+        before = words[:, :-1].flatten(1, 2).float()
+        each = F.binary_cross_entropy_with_logits(past[:, cells:], before, reduction="sum")
+        loss = loss + 0.3 * each / before.sum().clamp(min=1)
+    return loss
+
+
+def fact_loss(read: torch.Tensor, mentions: Sequence[Mention], scenes: Sequence[Scene]) -> torch.Tensor:
+    """How well the word that completes an object's name knows the object.
+
+    Parameters
+    ----------
+    read
+        Output of the head for each mention ``[m, G]``.
+    mentions
+        Where they are.
+    scenes
+        What happens in each clip of the batch.
+    """
+    if not mentions:
+        return read.sum() * 0
+    targets = torch.tensor([_facts(scenes[one.clip], one.thing) for one in mentions])
+    parts = read.float().split(list(FACTS.values()), -1)
+    losses = [
+        F.cross_entropy(part, target, ignore_index=IGNORED)
+        for part, target in zip(parts, targets.unbind(1), strict=True)
+        if (target != IGNORED).any()
+    ]
+    return torch.stack(losses).sum()
+
+
+def _facts(scene: Scene, index: int) -> list[int]:
+    """One target for every entry of :data:`FACTS`."""
+    if index < 0:
+        return [0] + [IGNORED] * (len(FACTS) - 1)
+    thing = scene.things[index]
+    across, down = thing.velocity
+    column, row = (min(max(int(c), 0), SIZE - 1) // CELL for c in thing.start)
+    place = [IGNORED, IGNORED] if across or down else [row, column]
+    return [
+        1,
+        thing.colour,
+        thing.later_colour,
+        thing.shape,
+        thing.first * TIMES // scene.frames,
+        *place,
+        _motion(thing),
+    ]
+
+
+def _motion(thing: Thing) -> int:
+    """0 for none, otherwise one more than the index into ``DIRECTIONS``."""
+    across, down = thing.velocity
+    if across:
+        return 1 if across < 0 else 2
+    if down:
+        return 3 if down < 0 else 4
+    return 0
