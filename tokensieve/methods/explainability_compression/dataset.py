@@ -133,6 +133,7 @@ def make_labels(
     max_new_tokens: int = 16,
     recompute: bool = True,
     name: str = "",
+    first: int = 0,
     progress: Callable[[int, bool], None] | None = None,
 ) -> int:
     """Label a set of prompts; those that the folder has already are passed over.
@@ -153,6 +154,8 @@ def make_labels(
         See `labels.label`.
     name
         Name of the model, kept with the labels.
+    first
+        Number of the first of these prompts in the set.
     progress
         Called with the number of a prompt and whether it gave labels.
 
@@ -165,7 +168,7 @@ def make_labels(
     layers = len(host.layers(base_model(model)))
     facts = {"host": host.slug, "decoder_layers": str(layers), "model": name}
     made = 0
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, first):
         if folder.done(number):
             continue
         if prompt.reference is not None and decode is None:
