@@ -137,7 +137,7 @@ def _check_runtime(golden: dict[str, np.ndarray]) -> None:
     text = ~_visual(golden, expected.shape[1])
     for exact in (True, False):
         tiny = tiny_llama(known, [start], Layout.regular("video", 1, 1, visual))
-        method = aim.Aim(exact=exact)
+        method = aim.Aim(exact=exact, metric="features")
         method.plan_tokens = lambda sample: keep_all(visual)  # type: ignore[method-assign]
         with Run(tiny.model, tiny.host, [method]) as run:
             states = tiny.prefill()[0]

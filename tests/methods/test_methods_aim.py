@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+import tokensieve
 from tokensieve.core.layout import Layout
 from tokensieve.core.plan import reading_order
-from tokensieve.core.sample import TokenSample
+from tokensieve.core.registry import build
+from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError, RetentionError
+from tokensieve.hosts import tiny
 from tokensieve.methods.aim import (
+    KEYS,
+    STATES,
+    Aim,
     AimMerge,
     attention_rank,
     keep_visible,
@@ -90,7 +98,7 @@ def test_frames_do_not_mix_and_zeros_do_no_harm() -> None:
 @pytest.mark.parametrize(("retention", "each"), [(0.25, 4), (0.3, 5), (0.9, 14), (0.01, 1)])
 def test_method(retention: float, each: int) -> None:
     for separators in ("none", "row", "end"):
-        layout = Layout.regular("video", 3, 4, 4, separators)  # type: ignore[arg-type]
+        layout = Layout.regular("video", 3, 4, 4, separators)
         method = AimMerge(retention=retention)
         plan = method.plan_tokens(TokenSample(_features(3, 16).flatten(0, 1), layout))
         assert plan.keep.numel() == method.token_count(layout) == 3 * each
@@ -150,3 +158,56 @@ def test_bad_retention() -> None:
         merge_rounds(16, 0.0)
     with pytest.raises(MethodError, match="takes no frame budget"):
         AimMerge(budget="vidcom2")
+
+
+def test_pictures_merge_in_front_of_the_projector() -> None:
+    """LLaVA 1.5: keys of the last tower layer match, states of the projected layer merge."""
+    model, processor = tiny.load("llava")
+    base: Any = model.eval().model
+    inputs: Any = tiny.example_inputs("llava", processor)
+    keys: list[torch.Tensor] = []
+    embeds: list[torch.Tensor] = []
+    projection = base.vision_tower.get_submodule(
+        next(name for name, _ in reversed(list(base.vision_tower.named_modules())) if name.endswith("k_proj"))
+    )
+    with torch.no_grad(), tokensieve.compress(model, "aim-merge:retention=0.25") as run:
+        handles = [
+            projection.register_forward_hook(lambda module, args, output: keys.append(output[0, 1:])),
+            base.language_model.register_forward_pre_hook(
+                lambda module, args, kwargs: embeds.append(kwargs["inputs_embeds"][0]), with_kwargs=True
+            ),
+        ]
+        model(**inputs)
+        states = base.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+        patches = states.shape[1]
+        merged = merge_frames(states, merge_rounds(patches, 0.25), keys[0][None])
+        expected = base.multi_modal_projector(merged.features)
+    for handle in handles:
+        handle.remove()
+    start = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0])
+    assert torch.allclose(embeds[0][start : start + expected.shape[0]], expected, atol=1e-5)
+    assert torch.equal(run.history[-1].items[0].keep, merged.source)
+    assert embeds[0].shape[0] == inputs["input_ids"].shape[1] - patches + expected.shape[0]
+
+
+def test_metrics() -> None:
+    pictures, videos = HostFacts("a", 28, 24, 22, True, patch_tokens=True), HostFacts("b", 28, 24, 22, False)
+    assert AimMerge().signals(pictures) == AimMerge(metric="keys").signals(videos) == (KEYS, STATES)
+    assert AimMerge().signals(videos) == AimMerge(metric="features").signals(pictures) == ()
+    with pytest.raises(MethodError, match="metric must be one of"):
+        build("aim-merge", {"metric": "values"})
+    sample = TokenSample(torch.rand(16, 4), Layout.regular("image", 1, 4, 4), {KEYS: torch.rand(16, 4)})
+    with pytest.raises(MethodError, match="in front of the projector"):
+        AimMerge().plan_tokens(sample)
+
+
+def test_windows() -> None:
+    def cuts(layers: int, deepstack: int = 0, **options: Any) -> tuple[int, ...]:
+        return Aim(**options).decoder_layers(HostFacts("any", layers, 24, 22, False, 1, deepstack))
+
+    assert cuts(28) == tuple(range(15, 23))
+    assert cuts(32) == tuple(range(14, 22))
+    assert cuts(28, first=20, last=21) == (21,)
+    assert cuts(5, 4) == (4,)
+    with pytest.raises(MethodError, match=r"window 8\.\.8 is empty"):
+        cuts(28, first=8, last=8)

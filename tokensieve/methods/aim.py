@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from tokensieve.ops.select import top_indices, top_mask
 from tokensieve.ops.similarity import as_float32
 
 WALK = "decoder.attention_walk"
+KEYS, STATES = "encoder.joined_keys@last", "encoder.states@feature"
+Metric = Literal["auto", "features", "keys"]
 _WINDOWS = {28: (14, 22), 32: (13, 21)}
 
 
@@ -228,9 +230,14 @@ class AimMerge(Method):
         Share of the tokens of every frame, see `merge_rounds`.
     keep_order
         See `merge_frames`.
+    metric
+        What is compared: ``"features"`` as published for video, or ``"keys"`` of the last tower layer as published for
+        pictures, which merge in front of the projector then. ``"auto"`` takes the second for pictures where every patch
+        of a tower with a class token is a token of the LLM.
     """
 
     keep_order: bool = False
+    metric: Metric = "auto"
 
     name: ClassVar[str] = "aim-merge"
     title: ClassVar[str] = "AIM (merging)"
@@ -243,9 +250,19 @@ class AimMerge(Method):
     uniform_views: ClassVar[bool] = True
     fidelity: ClassVar[Fidelity] = "mostly"
     fidelity_note: ClassVar[str] = (
-        "exact for video; without the pruning inside the LLM; pictures compare features instead of "
-        "the encoder's keys; shares that are no power of two and newlines of grid rows are inferred"
+        "exact, without the pruning inside the LLM; shares that are no power of two, newlines of grid rows, pictures "
+        "in tiles and pictures of towers without class token (which compare features) are inferred"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metric not in get_args(Metric):
+            raise MethodError(f"metric must be one of {', '.join(get_args(Metric))}, not {self.metric!r}.")
+
+    def signals(self, facts: HostFacts) -> tuple[str, ...]:
+        """Keys and states of the tower, where pictures merge in front of the projector."""
+        keys = self.metric == "keys" or (self.metric == "auto" and facts.has_class_token and facts.patch_tokens)
+        return (KEYS, STATES) if keys else ()
 
     def token_count(self, layout: Layout) -> int:
         """Tokens left of every view by its rounds."""
@@ -254,7 +271,16 @@ class AimMerge(Method):
     def plan_tokens(self, sample: TokenSample) -> Plan:
         """Merge all frames at once."""
         features = sample.by_frame
-        merged = merge_frames(features, merge_rounds(features.shape[1], self.retention), keep_order=self.keep_order)
+        frames, tokens = features.shape[:2]
+        rounds = merge_rounds(tokens, self.retention)
+        if KEYS in sample.signals and sample.layout.kind == "image":
+            if sample.project is None:
+                raise MethodError(f"{self.name} merges pictures in front of the projector, which the sample lacks.")
+            states, keys = (sample.signal(name).unflatten(0, (frames, tokens)) for name in (STATES, KEYS))
+            merged = merge_frames(states, rounds, keys, self.keep_order)
+            merged = merged._replace(features=sample.project(merged.features).to(features))
+        else:
+            merged = merge_frames(features, rounds, keep_order=self.keep_order)
         return Plan(merged.source, merged.features, merged.merge_map, self.position_policy, "occupied")
 
 
@@ -284,9 +310,9 @@ class Aim(AimMerge):
     stages: ClassVar[tuple[Stage, ...]] = ("tokens", "decoder")
     may_be_empty: ClassVar[bool] = True
     fidelity_note: ClassVar[str] = (
-        "exact for video with exact=True; tokens are really removed by default, after which they rank no others; "
-        "pictures compare features instead of the encoder's keys; shares that are no power of two, newlines of grid "
-        "rows and windows of other depths are inferred"
+        "exact with exact=True; tokens are really removed by default, after which they rank no others; shares that are "
+        "no power of two, newlines of grid rows, pictures in tiles or of towers without class token, and windows of "
+        "other depths are inferred"
     )
 
     def window(self, facts: HostFacts) -> tuple[int, int]:
