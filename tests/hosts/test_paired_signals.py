@@ -145,6 +145,17 @@ def test_pooling_head(tiny_host: Any, pairs: dict[str, TextPair], family: str) -
         assert sample.view(1).signal(requests[1]).shape == (1, 32)
 
 
+def test_views_of_tiled_images_have_one_vector_each(tiny_host: Any, pairs: dict[str, TextPair]) -> None:
+    """The base picture's own, and the mean over the tiles of the mosaic."""
+    model, processor = tiny_host("llava_onevision")
+    inputs = tiny.example_inputs("llava_onevision", processor, videos=0, images=1)
+    (sample,) = _listen(model, inputs, "encoder.head_vector@feature", text_tower=pairs["llava_onevision"])
+    vectors = pairs["llava_onevision"].summarise(_hidden(model, inputs)[-1]).vector
+    assert vectors.shape[0] > 2 and sample.frames == 2
+    found = sample.signal("encoder.head_vector@feature")
+    torch.testing.assert_close(found, torch.stack((vectors[0], vectors[1:].mean(0))))
+
+
 def test_signals_of_frames_follow_dropped_frames(tiny_host: Any, pairs: dict[str, TextPair]) -> None:
     model, processor = tiny_host("llava_onevision")
     inputs = tiny.example_inputs("llava_onevision", processor)

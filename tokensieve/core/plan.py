@@ -206,13 +206,18 @@ class _Separators:
         free = layout.patch_tokens[~torch.isin(layout.patch_tokens, kept)] if may_replace and not own.numel() else own
         self.mark = -1 if own.numel() else -2
         self.free: dict[int, list[int]] = {}
-        for token in free.tolist():
-            self.free.setdefault(int(layout.view[token]), []).append(token)
+        for token, view in zip(free.tolist(), layout.view[free].tolist(), strict=True):
+            self.free.setdefault(view, []).append(token)
 
     def take(self, view: int) -> tuple[int, int] | None:
         """Token and slot of a separator behind a frame: its last free one, or one of the nearest frame that has any."""
-        near = min((v for v, left in self.free.items() if left), key=lambda v: (abs(v - view), v < view), default=None)
-        return None if near is None else (self.free[near].pop(), self.mark)
+        if not self.free.get(view):
+            others = (other for other, left in self.free.items() if left)
+            nearest = min(others, key=lambda other: (abs(other - view), other < view), default=None)
+            if nearest is None:
+                return None
+            view = nearest
+        return self.free[view].pop(), self.mark
 
 
 def _stable_by(*keys: Tensor) -> Tensor:

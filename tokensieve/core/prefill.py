@@ -287,7 +287,7 @@ class Planner:
         """A tower signal brought to the item's tokens, channel by channel where it has channels [n] or [n, d]."""
         signal = SIGNALS[request.name]
         if signal.unit == "view":
-            return raw
+            return self.host.pool_views(item, raw)
         pool = self.host.pool if signal.shape == "[n]" else self.host.pool_channels
         return pool(self.base, call, item, raw)
 

@@ -223,6 +223,14 @@ class Host:
         """A raw tower signal of one item with channels in its last axis, as `pool` does with each [patches, C]."""
         return torch.stack([self.pool(base, call, item, channel) for channel in raw.unbind(-1)], dim=-1)
 
+    def pool_views(self, item: EncodedItem, raw: Tensor) -> Tensor:
+        """A raw signal of the pictures of one item as one value for each of its views [F, C]."""
+        views = len(item.layout.views)
+        if raw.shape[0] == views:
+            return raw
+        # The first view of an image cut into tiles is its base picture, the second the mosaic of the tiles.
+        return torch.cat((raw[: views - 1], raw[views - 1 :].mean(0, keepdim=True)))
+
     def project(self, base: Any, states: Tensor) -> Tensor:
         """Tower states [m, C] through the projector [m, D], where it takes patch by patch."""
         raise SignalError(f"The projector of {self.slug} does not take patch by patch.")
