@@ -60,6 +60,10 @@ def train_ppllava(
     from tokensieve.train import train
 
     result = train(recipe, resume=resume, show_progress=not no_progress and err.is_terminal)
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     if result.data is not None:
         out.print(Text(f"data: {result.data}"), soft_wrap=True)
     out.print(_table(result.metrics))

@@ -8,6 +8,7 @@ branch comes from Liu et al., "BT-Adapter: Video Conversation is Feasible Withou
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,34 +84,37 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.btadapter_time_embed.weight)
         self.drop_path = torch.linspace(0, DROP_PATH, depth).tolist()
 
-    def forward(self, pixel_values: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Run frames ``[B, T, 3, S, S]``.
+    def forward(self, pixel_values: Tensor, sizes: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """Run the frames ``[F, 3, S, S]`` of all clips, which have ``sizes`` frames.
 
         Returns
         -------
         tuple
-            The states in front of every layer and behind the last, each ``[B * T, 1 + N, D]``, and the pooled
-            output ``[B * T, D]``.
+            The states in front of every layer and behind the last, each ``[F, 1 + N, D]``, and the pooled output
+            ``[F, D]``.
         """
-        clips, frames = pixel_values.shape[:2]
-        if frames > self.btadapter_time_embed.num_embeddings:
+        limit = self.btadapter_time_embed.num_embeddings
+        if max(sizes) > limit:
             raise MethodError(
-                f"the clip has {frames} frames, the time embeddings end at "
-                f"{self.btadapter_time_embed.num_embeddings}; sample fewer frames."
+                f"the clip has {max(sizes)} frames, the time embeddings end at {limit}; sample fewer frames."
             )
-        x = self.pre_layrnorm(self.embeddings(pixel_values.flatten(0, 1)))
+        # Clips of equal length go through the branch together, others one by one.
+        shapes = [(len(sizes), sizes[0])] if len(set(sizes)) == 1 else [(1, size) for size in sizes]
+        x = self.pre_layrnorm(self.embeddings(pixel_values))
         start = len(self.encoder.layers) - len(self.btadapter_S_layers)
         states = []
-        branch: tuple[Tensor, Tensor] | None = None
+        branches: list[Any] = [None] * len(shapes)
         for index, layer in enumerate(self.encoder.layers):
-            states.append(_combine(x, branch))
+            states.append(_combine_all(x, branches, shapes))
             x = layer(x, attention_mask=None)
             if index >= start:
-                branch = self._step(index - start, x.unflatten(0, (clips, frames)), branch)
-        states.append(_combine(x, branch))
-        assert branch is not None
-        pooled = x[:, 0] + branch[0].repeat_interleave(frames, dim=0)
-        return states, self.post_layernorm(pooled)
+                parts = zip(_split(x, shapes), shapes, branches, strict=True)
+                branches = [self._step(index - start, part.unflatten(0, shape), own) for part, shape, own in parts]
+        states.append(_combine_all(x, branches, shapes))
+        tokens = [
+            branch[0].repeat_interleave(frames, dim=0) for branch, (_, frames) in zip(branches, shapes, strict=True)
+        ]
+        return states, self.post_layernorm(x[:, 0] + torch.cat(tokens))
 
     def _step(self, number: int, x: Tensor, branch: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """One layer of the branch from ``x [B, T, 1 + N, D]``; the branch is ``([B, D], [B, N, T, D])``."""
@@ -181,7 +185,11 @@ class BTAdapterVisionModel(nn.Module):
         self.train(vision_model.training)
 
     def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool = True, **unused: Any
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool = True,
+        sizes: Sequence[int] | None = None,
+        **unused: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode clips.
 
@@ -192,26 +200,36 @@ class BTAdapterVisionModel(nn.Module):
             one frame each, ``[P, 1, 3, S, S]``.
         output_hidden_states : bool
             Whether to return the states.
+        sizes : sequence of int, optional
+            Frames of each clip, for clips of different length that ``[F, 3, S, S]`` holds one behind the other.
         **unused
             Other options of transformers' vision towers; without effect.
 
         Returns
         -------
         BaseModelOutputWithPooling
-            ``hidden_states``: one more than layers, each ``[B * T, 1 + N, D]`` with the frames of a clip in
-            sequence; ``last_hidden_state``, the last of them; ``pooler_output [B * T, D]``.
+            ``hidden_states``: one more than layers, each ``[B * T, 1 + N, D]`` (or ``[F, 1 + N, D]``) with the frames
+            of a clip in sequence; ``last_hidden_state``, the last of them; ``pooler_output [B * T, D]``.
 
         Raises
         ------
         MethodError
-            If ``pixel_values`` has another number of axes, or a clip more frames than time embeddings.
+            If ``pixel_values`` has another number of axes, its frames are not those of ``sizes``, or a clip has
+            more frames than time embeddings.
         """
         if pixel_values.dim() not in (4, 5):
             raise MethodError(
                 f"pixel_values has the shape {list(pixel_values.shape)}; give [T, 3, S, S] or [B, T, 3, S, S]."
             )
-        clips = pixel_values if pixel_values.dim() == 5 else pixel_values[None]
-        states, pooled = self.vision_model(clips)
+        if pixel_values.dim() == 5:
+            sizes = [pixel_values.shape[1]] * pixel_values.shape[0]
+            pixel_values = pixel_values.flatten(0, 1)
+        sizes = [pixel_values.shape[0]] if sizes is None else list(sizes)
+        if sum(sizes) != pixel_values.shape[0]:
+            raise MethodError(
+                f"the clips have {sum(sizes)} frames, pixel_values {pixel_values.shape[0]}; make them equal."
+            )
+        states, pooled = self.vision_model(pixel_values, sizes)
         return BaseModelOutputWithPooling(
             last_hidden_state=states[-1],
             pooler_output=pooled,
@@ -219,9 +237,19 @@ class BTAdapterVisionModel(nn.Module):
         )
 
 
-def _combine(x: Tensor, branch: tuple[Tensor, Tensor] | None) -> Tensor:
+def _combine(x: Tensor, branch: tuple[Tensor, Tensor]) -> Tensor:
     """State to record: the class token of ``x [B * T, 1 + N, D]`` and the mean of both streams on the patches."""
-    if branch is None:
-        return x
     patches = branch[1].transpose(1, 2).flatten(0, 1)
     return torch.cat([x[:, :1], (x[:, 1:] + patches) / 2], dim=1)
+
+
+def _split(x: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """Frames ``[F, ...]`` of every group of clips."""
+    return x.split([clips * frames for clips, frames in shapes])
+
+
+def _combine_all(x: Tensor, branches: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """:func:`_combine` for every group of clips."""
+    if branches[0] is None:
+        return x
+    return torch.cat([_combine(part, own) for part, own in zip(_split(x, shapes), branches, strict=True)])

@@ -141,8 +141,8 @@ class PPLlavaModel(PPLlavaPreTrainedModel):
         pixels = torch.cat([clip.to(dtype) for clip in clips])
         sizes = [clip.shape[0] for clip in clips]
         if config.bt_adapter_depth:
-            parts = [part[None] for part in pixels.split(sizes)] if together else [pixels[:, None]]
-            states = torch.cat([self.vision_tower(part).hidden_states[layer] for part in parts])
+            frames = sizes if together else [1] * pixels.shape[0]
+            states = self.vision_tower(pixels, sizes=frames).hidden_states[layer]
         else:
             states = self.vision_tower(pixels, output_hidden_states=True).hidden_states[layer]
         if config.vision_feature_select_strategy == "default":
@@ -363,7 +363,7 @@ class PPLlavaModel(PPLlavaPreTrainedModel):
             question = None if text is None else text[0]
             tokens, _ = pool_clip(self.prompt_alignment, self.config, idle, question, self.config.image_kernel)
             touched = touched + tokens.sum()
-        return touched.to(self.get_input_embeddings().weight.dtype)
+        return touched.to(self.dtype)
 
     def _embed(self, input_ids: Any) -> Tensor:
         """Embeddings of the text; placeholders, which may lie beyond the vocabulary, get those of token 0."""
