@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -16,8 +17,9 @@ import pytest
 from bench_items import FAMILIES, frames_of, write_rows
 from typer.testing import CliRunner
 
-from tokensieve.bench.config import BenchConfig, default_workers, load_items, model_identity
+from tokensieve.bench.config import BenchConfig, default_workers, load_items, model_identity, resolved
 from tokensieve.cli import app
+from tokensieve.errors import HostError
 from tokensieve.hosts import tiny
 
 
@@ -153,6 +155,23 @@ def test_the_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert model_identity(str(tmp_path)) != before
     assert model_identity("owner/name") == "owner/name"
+
+
+def test_without_a_model_the_bundled_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked as it was trained, with its own text tower, in float32 on a CPU; what the user says comes first."""
+    monkeypatch.setattr(importlib.import_module("tokensieve.world.bundled"), "WEIGHTS", tmp_path)
+    with pytest.raises(HostError, match="weights of clip-pair are missing"):
+        resolved(BenchConfig())
+    for name in ("clip-pair", "video-llm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"")
+    found = resolved(BenchConfig(device="cpu"))
+    assert found.model == str(tmp_path / "video-llm") and found.options == {"text_tower": str(tmp_path / "clip-pair")}
+    assert (found.prompt, found.dtype) == ("open", "float32")
+    said = resolved(BenchConfig(device="cpu", prompt="letters", dtype="bfloat16", text_tower="mine"))
+    assert (said.prompt, said.dtype, said.text_tower) == ("letters", "bfloat16", "mine")
+    other = BenchConfig(model="owner/name")
+    assert resolved(other) is other
 
 
 def test_small_models_get_a_process_per_core(model: str) -> None:

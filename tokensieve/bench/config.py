@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tokensieve.bench.data import Item, choose, digest, item_like, read_items
 from tokensieve.bench.settings import Setting
 from tokensieve.errors import BenchError
 
-__all__ = ["RETENTIONS", "BenchConfig", "identity", "load_items", "model_folder"]
+__all__ = ["RETENTIONS", "BenchConfig", "identity", "load_items", "resolved"]
 
 RETENTIONS = (0.25, 0.1)
 """Default retentions: one at which most methods hold, one at which they differ."""
@@ -56,7 +56,7 @@ class BenchConfig:
     batch
         Most questions about a clip that run as one batch.
     text_tower
-        For methods that compare frames with the question in a shared space.
+        For methods that compare frames with the question in a shared space; the bundled one for the bundled model.
     """
 
     model: str | None = None
@@ -87,20 +87,29 @@ class BenchConfig:
         return {} if self.text_tower is None else {"text_tower": self.text_tower}
 
 
-def model_folder(config: BenchConfig) -> str:
-    """Name of the model to load.
+def resolved(config: BenchConfig) -> BenchConfig:
+    """The configuration with the bundled model's own folder, text tower and precision filled in.
 
     Raises
     ------
-    BenchError
-        When none is named and none is bundled.
+    HostError
+        When no model is named and this installation comes without one.
     """
     if config.model is not None:
-        return config.model
-    folder = Path(tokensieve.__file__).parent / "world" / "weights" / "video-llm"
-    if not (folder / "config.json").is_file():
-        raise BenchError("This installation comes without a model; name one with --model.")
-    return str(folder)
+        return config
+    from tokensieve.world.bundled import bundled
+
+    tower = config.text_tower or str(bundled("clip-pair"))
+    # Few processors are faster at bfloat16 on prompts this short, and float32 holds the stored weights exactly.
+    dtype = "float32" if config.dtype == "auto" and not on_gpu(config.device) else config.dtype
+    return replace(config, model=str(bundled()), text_tower=tower, dtype=dtype, prompt=config.prompt or "open")
+
+
+def on_gpu(device: str) -> bool:
+    """Whether a device name means a CUDA device here."""
+    import torch
+
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
 def load_items(config: BenchConfig) -> list[Item]:
@@ -182,12 +191,9 @@ def model_identity(name: str) -> str:
 
 def default_workers(name: str, device: str) -> int:
     """Processes that suit a model: one per core for a small one on the CPU, otherwise one."""
-    import torch
-
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     folder = Path(name).expanduser()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else _SMALL_WEIGHTS
-    if on_gpu or size >= _SMALL_WEIGHTS:
+    if on_gpu(device) or size >= _SMALL_WEIGHTS:
         return 1
     affinity = getattr(os, "sched_getaffinity", None)
     return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tokensieve.bench.asking import check_style, default_style
-from tokensieve.bench.config import BenchConfig, default_workers, identity, load_items, model_folder
+from tokensieve.bench.config import BenchConfig, default_workers, identity, load_items, resolved
 from tokensieve.bench.data import Item, by_clip
 from tokensieve.bench.journal import Journal
 from tokensieve.bench.results import Results, summarise
@@ -54,11 +54,13 @@ def run_bench(
         raise BenchError(f"Batch and workers must be 1 or more, not {config.batch} and {workers}.")
     settings = expand(config.methods, config.retentions)
     items = load_items(config)
-    name = model_folder(config)
+    title = config.model or "bundled model"
+    config = resolved(config)
+    assert config.model is not None
+    name = config.model
     from tokensieve.load import read_config
 
-    stated = "open" if config.model is None else default_style(items, read_config(name))
-    style = check_style(config.prompt or stated, items)
+    style = check_style(config.prompt or default_style(items, read_config(name)), items)
     count = default_workers(name, config.device) if workers is None else workers
     with Journal(Path(folder) / JOURNAL, identity(config, name, items, settings, style)) as journal:
         tasks = remaining(journal, items, settings)
@@ -69,7 +71,7 @@ def run_bench(
         elif tasks:
             messages = run_tasks(open_session(config, settings, style), by_clip(items), tasks)
         _collect(journal, messages, items, settings, progress)
-        return summarise(items, settings, journal, describe(config, name, style, count))
+        return summarise(items, settings, journal, describe(config, title, style, count))
 
 
 def bench_session(
@@ -114,14 +116,14 @@ def _collect(
             progress(len(journal.units), (len(settings) - len(journal.refused)) * clips)
 
 
-def describe(config: BenchConfig, name: str, style: str, workers: int) -> dict[str, object]:
+def describe(config: BenchConfig, title: str, style: str, workers: int) -> dict[str, object]:
     """What a reader of the results should know of the run."""
     import platform
 
     import torch
 
     return {
-        "model": name if config.model is not None else "bundled model",
+        "model": title,
         "data": "tokensieve world" if config.data is None else config.data,
         "split": config.split if config.data is None else None,
         "prompt": style,

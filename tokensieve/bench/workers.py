@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokensieve.bench.asking import PromptStyle
-from tokensieve.bench.config import BenchConfig, load_items, model_folder
+from tokensieve.bench.config import BenchConfig, load_items
 from tokensieve.bench.data import by_clip
 from tokensieve.bench.journal import Unit
 from tokensieve.bench.session import Session
@@ -123,9 +123,10 @@ def open_session(config: BenchConfig, settings: Sequence[Setting], style: Prompt
 
     from tokensieve.load import load_model
 
+    assert config.model is not None, "resolved() names the model"
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, processor = load_model(model_folder(config), config.dtype, config.device, config.attn)
+    model, processor = load_model(config.model, config.dtype, config.device, config.attn)
     return Session(model, processor, settings, style, config.seed, config.batch, config.options)
 
 
