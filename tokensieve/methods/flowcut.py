@@ -371,9 +371,10 @@ class FlowCut(Method):
         return FlowProgram(target, sample.layers - 2)
 
     def plan_tokens(self, sample: TokenSample) -> Plan:
-        """What the tower left."""
+        """What the tower left; the newlines of tiled images go."""
         keep = (sample.signal(GROUPS) >= 0).nonzero()[:, 0]
-        return Plan(keep, positions=self.position_policy, separators="occupied")
+        tiled = sample.layout.kind == "image" and len(sample.layout.views) > 1
+        return Plan(keep, positions=self.position_policy, separators="drop" if tiled else "in-place")
 
     def plan_decoder(self, sample: DecoderSample) -> Plan:
         """The best tokens by the values of the layer that has just run (B)."""
