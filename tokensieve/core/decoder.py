@@ -22,8 +22,8 @@ from tokensieve.core.decoder_signals import DecoderSignals, RowView
 from tokensieve.core.decoding import DecodingStage
 from tokensieve.core.eviction import evict
 from tokensieve.core.feed import FeedHooks
-from tokensieve.core.ledger import Ledger, Span
-from tokensieve.core.masks import causal_mask
+from tokensieve.core.ledger import Span
+from tokensieve.core.masks import causal_mask, on_device, shifted_tables
 from tokensieve.core.method import Method
 from tokensieve.core.plan import Plan
 from tokensieve.core.prompt_state import Aside, Prompt
@@ -68,7 +68,7 @@ class DecoderStage:
         self.cuts = _collect(methods, facts)
         wanted = {cut: set(method.decoder_signals(facts)) for cut, (_, method) in self.cuts.items()}
         self.signals = DecoderSignals(host, self.text_model, list(self.layers), wanted, self._row_views, clock)
-        self.decoding = DecodingStage(host, list(self.layers), facts, selecting, clock)
+        self.decoding = DecodingStage(host, self.text_model, list(self.layers), facts, selecting, clock)
         self.prompt: Prompt | None = None
         self.spans: dict[int, Span] = {}
         self._earlier: dict[int, Span] = {}
@@ -76,8 +76,6 @@ class DecoderStage:
         self._shift: Tensor | None = None
         self._swap: dict[str, Any] = {}
         self._aside: Aside | None = None
-        self._step: tuple[Ledger, Tensor | None, Tensor | None] | None = None
-        self._built_for: tuple[int, bool] | None = None
         self._handles: list[Any] = []
 
     def attach(self) -> None:
@@ -125,21 +123,9 @@ class DecoderStage:
                     sample = PromptSample(*(states.index_select(0, place) for place in places))
                     prompt.memory[number, row] = method.read_prompt(sample)
 
-    def step(self, ledger: Ledger, given: Tensor | None, positions: Tensor | None) -> None:
-        """A pass without new visual tokens is about to run on a compacted cache.
-
-        Parameters
-        ----------
-        given : Tensor [B, total], optional
-            Padding mask in tokens of the full conversation.
-        positions : Tensor, optional
-            Position ids of the pass in front of the first layer.
-        """
-        self._step, self._built_for = (ledger, given, positions), None
-
     def end(self) -> None:
         """Forget the pass."""
-        self.prompt = self._step = self._aside = None
+        self.prompt = self._aside = None
         self._swap = {}
         self.signals.forget()
         self.decoding.end()
@@ -181,12 +167,10 @@ class DecoderStage:
                     hidden = shorter
                 elif index in self._earlier and (index > 0 or self._earlier[0].offset is not None):
                     self._realign(index, hidden, kwargs)
-                kwargs.update(_on(self._swap, hidden.device))
+                kwargs.update(on_device(self._swap, hidden.device))
                 if feed is not None:
                     feed.arguments = dict(kwargs)
-            elif self._step is not None:
-                self._align_step(index, hidden, kwargs)
-            else:
+            elif not self.decoding.align(index, hidden, kwargs):
                 return None
             if args:
                 return (hidden, *args[1:]), kwargs
@@ -217,7 +201,7 @@ class DecoderStage:
             self._removed = self._aside.removed
         offset = self._earlier_offset(cut.first)
         if offset is not None and prompt.positions is not None:
-            kwargs["position_embeddings"] = self._shifted(prompt.positions, offset, hidden)
+            kwargs["position_embeddings"] = shifted_tables(self.text_model, prompt.positions, offset, hidden)
         visual = [prompt.visual(row, method.cuts_separators) for row in range(batch)]
         plans = [self._plan_row(row, cut, hidden, visual[row], kwargs) for row in range(batch)]
         dropped = [_left_out(places, plan) for places, plan in zip(visual, plans, strict=True)]
@@ -338,7 +322,7 @@ class DecoderStage:
                 shift = (before.amax(1, keepdim=True) - prompt.positions.amax(1, keepdim=True)).cpu()
                 self._shift = shift if self._shift is None else self._shift + shift
                 offset = self._earlier_offset(layer)
-                tables = self._shifted(prompt.positions, 0 if offset is None else offset, hidden)
+                tables = shifted_tables(self.text_model, prompt.positions, 0 if offset is None else offset, hidden)
         self._open_span(layer)
         cache = kwargs.get("past_key_values")
         swap = {
@@ -359,17 +343,12 @@ class DecoderStage:
         self._swap["attention_mask"] = causal_mask(self.config, hidden, span.real, cache, layer)
         offset = self._earlier_offset(layer)
         if offset is not None and self.prompt.positions is not None:
-            self._swap["position_embeddings"] = self._shifted(self.prompt.positions, offset, hidden)
+            self._swap["position_embeddings"] = shifted_tables(self.text_model, self.prompt.positions, offset, hidden)
 
     def _earlier_offset(self, layer: int) -> Tensor | None:
         """How much lower earlier turns made a layer count; what this prompt changes is in its own positions."""
         before = self._earlier_span(layer)
         return None if before is None else before.offset
-
-    def _shifted(self, positions: Tensor, offset: Tensor | int, hidden: Tensor) -> Any:
-        """Rotary tables for positions that these layers count lower."""
-        lower = positions - (offset if isinstance(offset, int) else offset.to(positions.device))
-        return self.text_model.rotary_emb(hidden, lower.to(hidden.device))
 
     @property
     def _packs_by_position(self) -> bool:
@@ -380,26 +359,6 @@ class DecoderStage:
         """Whether the attention kernel runs without a mask where every key is visible."""
         kernel = str(getattr(self.config, "_attn_implementation", ""))
         return "sdpa" in kernel or "flash" in kernel
-
-    def _align_step(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Give a layer the mask of its own, shorter cache, or of what it may see of it, and its own positions."""
-        assert self._step is not None
-        ledger, given, positions = self._step
-        first = max(layer for layer in ledger.spans if layer <= index)
-        span, hides = ledger.spans[first], self.decoding.hides(index)
-        if first == 0 and span.offset is None and not hides:
-            return
-        if self._built_for != (first, hides):
-            cache = kwargs["past_key_values"]
-            physical = int(cache.layers[index].get_seq_length()) + hidden.shape[1]
-            mask = span.mask(physical, given)
-            if hides:
-                mask = self.decoding.visible(mask, span.numbers(physical))
-            self._swap = {"attention_mask": causal_mask(self.config, hidden, mask, cache, first)}
-            if span.offset is not None and positions is not None:
-                self._swap["position_embeddings"] = self._shifted(positions, span.offset, hidden)
-            self._built_for = (first, hides)
-        kwargs.update(_on(self._swap, hidden.device))
 
 
 def _collect(methods: Sequence[Method], facts: HostFacts) -> dict[Cut, tuple[int, Method]]:
@@ -433,14 +392,3 @@ def _left_out(places: Tensor, plan: Plan | None) -> Tensor:
     gone = torch.ones(places.numel(), dtype=torch.bool)
     gone[plan.keep] = False
     return places[gone]
-
-
-def _on(swap: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The replaced arguments on the device of the layer that is about to run."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device)
-        return tuple(move(part) for part in value) if isinstance(value, tuple) else value
-
-    return {key: move(value) for key, value in swap.items()}

@@ -1,6 +1,7 @@
-"""What single-token steps see of the cache, where a method lets later layers attend to a changing part of it.
+"""What passes behind a compressed prompt see of the cache, layer by layer.
 
-Nothing leaves the cache: entries that are not chosen are masked for one step and may return in the next one.
+Caches of different lengths need masks and positions of their own. A method may also let later layers attend to a
+changing part of the cache in single-token steps; entries that are not chosen are masked for one step and may return.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tokensieve.core.layer_attention import cached_keys, project, unreadable_cache
 from tokensieve.core.ledger import Ledger
+from tokensieve.core.masks import causal_mask, on_device, shifted_tables
 from tokensieve.core.method import Method
 from tokensieve.core.sample import HostFacts, StepSample
 from tokensieve.errors import MethodError
@@ -21,11 +23,11 @@ from tokensieve.ops.attention import query_attention
 
 
 class DecodingStage:
-    """Chooses the visible visual entries of every decoding step.
+    """Aligns every layer with its own cache, and chooses the visible visual entries of every decoding step.
 
     Parameters
     ----------
-    host, layers, facts
+    host, text_model, layers, facts
         The model.
     methods
         Methods of the run; at most one may select cache entries.
@@ -41,12 +43,13 @@ class DecodingStage:
     def __init__(
         self,
         host: Host,
+        text_model: Any,
         layers: Sequence[Any],
         facts: HostFacts,
         methods: Sequence[Method],
         clock: Callable[[str], Any],
     ) -> None:
-        self.host, self.layers, self.facts, self.clock = host, layers, facts, clock
+        self.host, self.text_model, self.layers, self.facts, self.clock = host, text_model, layers, facts, clock
         acting = [(method, method.decoding_layer(facts)) for method in methods if method.retention < 1.0]
         chosen = [(method, layer) for method, layer in acting if layer is not None]
         if len(chosen) > 1:
@@ -57,6 +60,9 @@ class DecodingStage:
         self._ledger: Ledger | None = None
         self._given: Tensor | None = None
         self._hidden: list[Tensor] | None = None
+        self._pass: tuple[Ledger, Tensor | None, Tensor | None] | None = None
+        self._swap: dict[str, Any] = {}
+        self._built_for: tuple[int, bool] | None = None
 
     def listen(self) -> list[Any]:
         """A hook on the attention of the layer in front of those that see less."""
@@ -81,9 +87,47 @@ class DecodingStage:
         self._ledger, self._given = ledger, given
         return True
 
+    def step(self, ledger: Ledger, given: Tensor | None, positions: Tensor | None) -> None:
+        """The pass needs masks or positions of some layers' own.
+
+        Parameters
+        ----------
+        given : Tensor [B, total], optional
+            Padding mask in tokens of the full conversation.
+        positions : Tensor, optional
+            Position ids of the pass in front of the first layer.
+        """
+        self._pass, self._built_for = (ledger, given, positions), None
+
     def end(self) -> None:
-        """Forget the step."""
-        self._ledger = self._given = self._hidden = None
+        """Forget the pass."""
+        self._ledger = self._given = self._hidden = self._pass = None
+        self._swap = {}
+
+    def align(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Give a layer the mask of its own cache, or of what it may see of it, and its own positions.
+
+        Returns whether there is anything to align in this pass.
+        """
+        if self._pass is None:
+            return False
+        ledger, given, positions = self._pass
+        first = max(layer for layer in ledger.spans if layer <= index)
+        span, hides = ledger.spans[first], self.hides(index)
+        if first == 0 and span.offset is None and not hides:
+            return True
+        if self._built_for != (first, hides):
+            cache = kwargs["past_key_values"]
+            physical = int(cache.layers[index].get_seq_length()) + hidden.shape[1]
+            mask = span.mask(physical, given)
+            if hides:
+                mask = self.visible(mask, span.numbers(physical))
+            self._swap = {"attention_mask": causal_mask(self.text_model.config, hidden, mask, cache, first)}
+            if span.offset is not None and positions is not None:
+                self._swap["position_embeddings"] = shifted_tables(self.text_model, positions, span.offset, hidden)
+            self._built_for = (first, hides)
+        kwargs.update(on_device(self._swap, hidden.device))
+        return True
 
     def hides(self, layer: int) -> bool:
         """Whether a layer sees less than its cache holds in this step."""

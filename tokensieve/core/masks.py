@@ -1,4 +1,4 @@
-"""Attention masks of compacted sequences, in the form that the model's attention kernel wants."""
+"""Attention masks and rotary tables of compacted sequences, in the form that the model's layers want."""
 
 from __future__ import annotations
 
@@ -72,3 +72,20 @@ def padding_mask(mask: Any, batch: int, total: int) -> Tensor | None:
         row = mask[:, 0, -1, :total]
         mask = row if row.dtype == torch.bool else row == 0
     return mask[:, -total:].to(device="cpu", dtype=torch.bool).expand(batch, -1)
+
+
+def shifted_tables(text_model: Any, positions: Tensor, offset: Tensor | int, hidden: Tensor) -> Any:
+    """Rotary tables for ``positions`` in layers that count them lower by ``offset``."""
+    lower = positions - (offset if isinstance(offset, int) else offset.to(positions.device))
+    return text_model.rotary_emb(hidden, lower.to(hidden.device))
+
+
+def on_device(swap: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The replaced arguments on the device of the layer that is about to run."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        return tuple(move(part) for part in value) if isinstance(value, tuple) else value
+
+    return {key: move(value) for key, value in swap.items()}

@@ -21,6 +21,7 @@ from tokensieve.core.compactor import (
 from tokensieve.core.decoder import DecoderStage
 from tokensieve.core.first_attention import FIRST, FirstAttention
 from tokensieve.core.ledger import Ledger
+from tokensieve.core.loss import ShorterLabels
 from tokensieve.core.masks import is_preallocated, padding_mask
 from tokensieve.core.method import Method
 from tokensieve.core.prefill import Planner, PromptItem, Tracked, compact, locate, pair_text
@@ -82,7 +83,7 @@ class Run:
         gaps = self.positions == "original" and bool(deciding)
         self._decoder = DecoderStage(self.base, host, self.facts, decoder_methods, self.methods, gaps, self.clock)
         self._handles: list[Any] = []
-        self._own_loss: Any = None
+        self._loss = ShorterLabels(model)
         self._ids: Tensor | None = None
         self._arguments: dict[str, Any] = {}
         self._compaction: Compaction | None = None
@@ -113,7 +114,7 @@ class Run:
     def _install(self) -> None:
         text = self.host.text_model(self.base)
         self._signature = inspect.signature(self.base.forward)
-        self._wrap_loss()
+        self._loss.wrap(lambda: self._compaction)
         self._tap.attach()
         self._decoder.attach()
         self._handles = [
@@ -133,7 +134,7 @@ class Run:
         self._handles = []
         self._decoder.detach()
         self._tap.detach()
-        self._unwrap_loss()
+        self._loss.unwrap()
         delattr(self.model, _MARK)
 
     def __enter__(self) -> Run:
@@ -327,7 +328,7 @@ class Run:
             or length > 1
             or is_preallocated(cache)
         ):
-            self._decoder.step(ledger, given, positions)
+            self._decoder.decoding.step(ledger, given, positions)
         return kwargs
 
     def _after_llm(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -343,30 +344,6 @@ class Run:
                 ledger.bind(cache)
         self._offset, self._ledger = None, None
         self._decoder.end()
-
-    # -- the loss ----------------------------------------------------------------------------------------------
-
-    def _wrap_loss(self) -> None:
-        """Let the loss compare logits of a shortened sequence with equally shortened labels."""
-        self._own_loss = vars(self.model).get("_loss_function")
-        original = getattr(self.model, "loss_function", None)
-        if original is None:
-            return
-
-        def loss(*args: Any, **kwargs: Any) -> Any:
-            labels, compaction = kwargs.get("labels"), self._compaction
-            if labels is not None and compaction is not None and labels.shape[-1] == compaction.length:
-                shorter = gather_sequence(labels, compaction.index)
-                kwargs["labels"] = shorter.masked_fill(~compaction.real.to(labels.device), -100)
-            return original(*args, **kwargs)
-
-        vars(self.model)["_loss_function"] = loss
-
-    def _unwrap_loss(self) -> None:
-        if self._own_loss is not None:
-            vars(self.model)["_loss_function"] = self._own_loss
-        else:
-            vars(self.model).pop("_loss_function", None)
 
 
 def _past_masks(
