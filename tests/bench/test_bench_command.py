@@ -158,18 +158,16 @@ def test_the_fingerprint_follows_the_weights(tmp_path: Path) -> None:
 
 
 def test_without_a_model_the_bundled_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked as it was trained, with its own text tower, in float32 on a CPU; what the user says comes first."""
+    """Asked as it was trained, in float32 on a CPU; what the user says comes first."""
     monkeypatch.setattr(importlib.import_module("tokensieve.world.bundled"), "WEIGHTS", tmp_path)
-    with pytest.raises(HostError, match="weights of clip-pair are missing"):
+    with pytest.raises(HostError, match="weights of video-llm are missing"):
         resolved(BenchConfig())
-    for name in ("clip-pair", "video-llm"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"")
+    (tmp_path / "video-llm").mkdir()
+    (tmp_path / "video-llm" / "model.safetensors").write_bytes(b"")
     found = resolved(BenchConfig(device="cpu"))
-    assert found.model == str(tmp_path / "video-llm") and found.options == {"text_tower": str(tmp_path / "clip-pair")}
-    assert (found.prompt, found.dtype) == ("open", "float32")
-    said = resolved(BenchConfig(device="cpu", prompt="letters", dtype="bfloat16", text_tower="mine"))
-    assert (said.prompt, said.dtype, said.text_tower) == ("letters", "bfloat16", "mine")
+    assert (found.model, found.prompt, found.dtype) == (str(tmp_path / "video-llm"), "open", "float32")
+    said = resolved(BenchConfig(device="cpu", prompt="letters", dtype="bfloat16"))
+    assert (said.prompt, said.dtype) == ("letters", "bfloat16")
     other = BenchConfig(model="owner/name")
     assert resolved(other) is other
 

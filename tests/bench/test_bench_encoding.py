@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from bench_items import item, loaded
 
 from tokensieve.bench.data import clip_of
 from tokensieve.bench.encoding import Collector, encodes_itself, given, record
+from tokensieve.bench.session import Session
+from tokensieve.bench.settings import expand
 from tokensieve.core.registry import parse
 from tokensieve.core.runtime import Run
 from tokensieve.hosts import host_for, tiny
@@ -58,6 +61,26 @@ def test_shared_features_change_nothing(family: str, notation: str) -> None:
             assert torch.equal(expected, again)
             assert all(torch.equal(a, b.keep) for a, b in zip(keeps, run.history[-1].items, strict=True))
     assert encoding.seconds > 0
+
+
+def test_signals_of_a_text_tower_are_shared(tmp_path: Path) -> None:
+    """Every question is compared with the frames by itself, though the clip was encoded for another."""
+    model, single, several = prompts("llava_onevision", 3)
+    for part in tiny.pair_of(model):
+        part.save_pretrained(tmp_path)
+    options = {"text_tower": str(tmp_path), "tokenizer": loaded("llava_onevision")[1]}
+    session = Session(model, loaded("llava_onevision")[1], expand(["cdpruner"], [0.3]), "open", options=options)
+    (setting,) = [one for one in session.runs if one.method == "cdpruner"]
+    run, (collecting,) = session.runs[setting], session._shared.values()
+    with collecting:
+        encoding = record(collecting, single)
+    with run:
+        expected = logits(run, several)
+        keeps = [part.keep for part in run.history[-1].items]
+        with given(run, encoding, 3):
+            assert torch.equal(expected, logits(run, several))
+        assert all(torch.equal(a, b.keep) for a, b in zip(keeps, run.history[-1].items, strict=True))
+    assert not torch.equal(keeps[0], keeps[1])
 
 
 @pytest.mark.parametrize("notation", OWN)

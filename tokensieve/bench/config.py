@@ -56,7 +56,8 @@ class BenchConfig:
     batch
         Most questions about a clip that run as one batch.
     text_tower
-        For methods that compare frames with the question in a shared space; the bundled one for the bundled model.
+        For methods that compare frames with the question in a shared space; the one known for the model's vision tower
+        unless given.
     """
 
     model: str | None = None
@@ -88,7 +89,7 @@ class BenchConfig:
 
 
 def resolved(config: BenchConfig) -> BenchConfig:
-    """The configuration with the bundled model's own folder, text tower and precision filled in.
+    """The configuration with the bundled model's own folder, way of asking and precision filled in.
 
     Raises
     ------
@@ -99,10 +100,9 @@ def resolved(config: BenchConfig) -> BenchConfig:
         return config
     from tokensieve.world.bundled import bundled
 
-    tower = config.text_tower or str(bundled("clip-pair"))
     # Few processors are faster at bfloat16 on prompts this short, and float32 holds the stored weights exactly.
     dtype = "float32" if config.dtype == "auto" and not on_gpu(config.device) else config.dtype
-    return replace(config, model=str(bundled()), text_tower=tower, dtype=dtype, prompt=config.prompt or "open")
+    return replace(config, model=str(bundled()), dtype=dtype, prompt=config.prompt or "open")
 
 
 def on_gpu(device: str) -> bool:

@@ -16,6 +16,7 @@ from tokensieve.bench.journal import Unit
 from tokensieve.bench.settings import Setting
 from tokensieve.core.method import Method
 from tokensieve.core.runtime import Run
+from tokensieve.core.signals import SIGNALS
 from tokensieve.errors import TokensieveError
 from tokensieve.hosts.registry import host_for
 from tokensieve.measure.report import make_report
@@ -97,17 +98,25 @@ class Session:
             yield self._unit(setting, items[0].clip, clip, encodings)
 
     def _collectors(self) -> dict[str, Run]:
-        """A run for every text tower in use that collects all signals that the shared settings read."""
-        wanted: dict[str, tuple[Any, dict[str, None]]] = {}
-        for run in self.runs.values():
-            if not encodes_itself(run.methods):
-                mine = wanted.setdefault(_tower_key(run.methods), (_tower(run.methods), {}))
-                mine[1].update(dict.fromkeys(map(str, run.requests)))
+        """A run for every text tower in use that collects all signals that the shared settings read.
+
+        Settings that read no signal of a text tower take whichever there is.
+        """
+        sharing = [run for run in self.runs.values() if not encodes_itself(run.methods)]
+        towers = {str(_tower(run.methods)): _tower(run.methods) for run in sharing if _paired(run)} or {"": None}
+        wanted: dict[str, dict[str, None]] = {key: {} for key in towers}
+        for run in sharing:
+            wanted[self._key(run, towers)].update(dict.fromkeys(map(str, run.requests)))
         host = host_for(self.model)
         return {
-            key: Run(self.model, host, [Collector(wanted=tuple(signals), text_tower=tower)])
-            for key, (tower, signals) in wanted.items()
+            key: Run(self.model, host, [Collector(wanted=tuple(signals), text_tower=towers[key])])
+            for key, signals in wanted.items()
         }
+
+    @staticmethod
+    def _key(run: Run, shared: Mapping[str, Any]) -> str:
+        """Which collector serves a run."""
+        return str(_tower(run.methods)) if _paired(run) else next(iter(shared))
 
     def _prompts(self, items: Sequence[Item]) -> _Clip:
         shown = clip_of(items[0])
@@ -138,7 +147,7 @@ class Session:
     def _answers(self, run: Run, clip: _Clip, encodings: dict[str, Encoding]) -> Unit:
         own = encodes_itself(run.methods)
         if not own:
-            key = _tower_key(run.methods)
+            key = self._key(run, self._shared)
             if key not in encodings:
                 with self._shared[key] as collecting:
                     encodings[key] = record(collecting, clip.single)
@@ -207,8 +216,9 @@ def _tower(methods: Sequence[Method]) -> Any:
     return next((tower for method in methods if (tower := getattr(method, "text_tower", None)) is not None), None)
 
 
-def _tower_key(methods: Sequence[Method]) -> str:
-    return str(_tower(methods))
+def _paired(run: Run) -> bool:
+    """Whether a run reads signals in the space that a text tower shares with the vision tower."""
+    return any(SIGNALS[request.name].pair for request in run.requests)
 
 
 def _seed_of(seed: int, setting: str, clip: str) -> int:
