@@ -90,7 +90,7 @@ def test_a_target_stands_where_the_model_predicts_it():
 
 def test_labels_of_a_frame_name_what_is_in_each_cell():
     scene = scene_of("train", 7)
-    words, motion = clip_targets(scene)
+    words, motion, fates = clip_targets(scene)
     assert words.shape == (16, 36, len(CELL_WORDS))
     thing = next(thing for thing in scene.things if thing.role == "mover")
     x, y = thing.centre(8)
@@ -98,6 +98,9 @@ def test_labels_of_a_frame_name_what_is_in_each_cell():
     named = {CELL_WORDS[i] for i in words[8, cell].nonzero()[0]}
     assert set(thing.name.split()) <= named
     assert motion[8, cell] > 0 and (motion[0] == 0).all()
+    flash = next(thing for thing in scene.things if thing.role == "flash")
+    assert fates[..., 0].sum() == len(scene.things)
+    assert fates[flash.stop :, :, 1].sum() == (flash.stop < scene.frames)
     found = label(scene, 8, np.random.default_rng(0))
     assert (found.patches == PHRASES.index(thing.name)).sum() >= 1
 

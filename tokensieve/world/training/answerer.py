@@ -121,7 +121,7 @@ class Answerer(nn.Module):
             for hook in hooks:
                 hook.remove()
         wanted = turns.targets.flatten(1) != IGNORED
-        visible = slice(len(self.opening), size - 1)
+        visible = slice(start.shape[1], size - 1)
         clip = torch.tensor([one.clip for one in turns.mentions], dtype=torch.long)
         place = [size + one.turn * length + one.position for one in turns.mentions]
         facts = self.facts(seen[FACT_LAYER][clip, torch.tensor(place, dtype=torch.long)])
@@ -195,7 +195,7 @@ def train_answerer(
                 logits, sights, facts = model(visual, turns)
             logits, targets = logits.float(), turns.targets[turns.targets != IGNORED]
             loss = _loss(logits, targets)
-            sight = sight_loss(sights, batch["words"], batch["motion"], idx)
+            sight = sight_loss(sights, batch["words"], batch["motion"], batch["fates"], idx)
             fact = fact_loss(facts, turns.mentions, scenes)
             (loss + SIGHT_WEIGHT * sight + FACT_WEIGHT * fact).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

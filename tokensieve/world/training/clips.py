@@ -65,9 +65,11 @@ def _work(tower_folder: str, seed: int, file: str, first: int, number: int, fram
     features = encode_clips(eye, "train", first, number, frames)
     part = f"{file}.part"
     targets = [clip_targets(scene_of("train", first + i, frames)) for i in range(number)]
-    words = torch.from_numpy(np.stack([words for words, _ in targets]))
-    motion = torch.from_numpy(np.stack([motion for _, motion in targets]))
-    save_file({"features": features, "words": words, "motion": motion}, part)
+    parts = {
+        name: torch.from_numpy(np.stack(values))
+        for name, values in zip(("words", "motion", "fates"), zip(*targets, strict=True), strict=True)
+    }
+    save_file({"features": features, **parts}, part)
     Path(part).replace(file)
 
 
@@ -105,7 +107,7 @@ class Blocks:
         return file
 
     def take(self, first: int, number: int, frames: int) -> dict[str, torch.Tensor]:
-        """``features [number, F, 36, D]``, and what the tokens show: ``words`` and ``motion`` as in ``clip_targets``.
+        """``features [number, F, 36, D]``, and ``words``, ``motion``, ``fates`` of the tokens as in ``clip_targets``.
 
         Waits until they are ready and removes the file.
         """

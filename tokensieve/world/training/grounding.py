@@ -14,14 +14,21 @@ from torch import nn
 
 from tokensieve.world.models import POOLED, WIDTH
 from tokensieve.world.scene import CELL, SIZE, Scene, Thing
-from tokensieve.world.training.labels import CELL_WORDS
+from tokensieve.world.training.labels import CELL_WORDS, FATES
 from tokensieve.world.training.turns import IGNORED, Mention
 from tokensieve.world.words import COLOUR_NAMES, DIRECTIONS, SHAPES
 
 TIMES = 8
 """Parts of a clip that the heads tell apart."""
 
-SIGHTS = {"words": len(CELL_WORDS), "time": TIMES, "row": POOLED, "column": POOLED, "motion": 1 + len(DIRECTIONS)}
+SIGHTS = {
+    "words": len(CELL_WORDS),
+    "time": TIMES,
+    "row": POOLED,
+    "column": POOLED,
+    "motion": 1 + len(DIRECTIONS),
+    "fates": len(FATES),
+}
 FACTS = {
     "there": 2,
     "colour": len(COLOUR_NAMES),
@@ -47,21 +54,24 @@ def fact_head() -> nn.Linear:
     return nn.Linear(WIDTH, sum(FACTS.values()))
 
 
-def sight_loss(read: torch.Tensor, words: torch.Tensor, motion: torch.Tensor, idx: torch.Tensor | None) -> torch.Tensor:
+def sight_loss(
+    read: torch.Tensor, words: torch.Tensor, motion: torch.Tensor, fates: torch.Tensor, idx: torch.Tensor | None
+) -> torch.Tensor:
     """How well each visual token knows when and where it is, how its content moved, and what was there before.
 
     Parameters
     ----------
     read
         Output of the head ``[B, M, S]``.
-    words, motion
-        Targets ``[B, F, 36, W]`` and ``[B, F, 36]`` of :func:`~tokensieve.world.training.labels.clip_targets`.
+    words, motion, fates
+        Targets ``[B, F, 36, W]``, ``[B, F, 36]`` and ``[B, F, 36, 2]``, see
+        :func:`~tokensieve.world.training.labels.clip_targets`.
     idx
         Positions ``[B, M]`` of the tokens among all of the clip, or None for all; without some tokens the past is not
         asked for.
     """
     batch, frames, cells, _ = words.shape
-    past, time, row, column, moved = read.float().split(list(SIGHTS.values()), -1)
+    past, time, row, column, moved, fate = read.float().split(list(SIGHTS.values()), -1)
     at = torch.arange(frames * cells).expand(batch, -1) if idx is None else idx
     loss = F.cross_entropy(time.flatten(0, 1), (at // cells * TIMES // frames).flatten())
     loss = loss + F.cross_entropy(row.flatten(0, 1), (at % cells // POOLED).flatten())
@@ -72,6 +82,9 @@ def sight_loss(read: torch.Tensor, words: torch.Tensor, motion: torch.Tensor, id
         before = words[:, :-1].flatten(1, 2).float()
         each = F.binary_cross_entropy_with_logits(past[:, cells:], before, reduction="sum")
         loss = loss + 0.3 * each / before.sum().clamp(min=1)
+        rare = torch.tensor([20.0, 60.0])
+        happened = fates[:, 1:].flatten(0, 2).float()
+        loss = loss + F.binary_cross_entropy_with_logits(fate[:, cells:].flatten(0, 1), happened, pos_weight=rare)
     return loss
 
 

@@ -89,25 +89,34 @@ def _mark(
     patches[near] = phrase
 
 
-def clip_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+FATES = ("new", "flashed")
+"""What else a visual token is asked about its cell."""
+
+
+def clip_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What every pooled token of a clip shows.
 
     Returns
     -------
     tuple of numpy.ndarray
-        Words ``uint8 [F, 36, len(CELL_WORDS)]``, and motion ``int64 [F, 36]``: 0 for none, otherwise one more than the
-        index into ``DIRECTIONS`` of the object that has come to this cell.
+        Words ``uint8 [F, 36, len(CELL_WORDS)]``; motion ``int64 [F, 36]``: 0 for none, otherwise one more than the
+        index into ``DIRECTIONS`` of the object that has come to this cell; fates ``uint8 [F, 36, 2]``: whether an
+        object is in this cell that no frame before showed, and whether one was for only the frame before.
     """
     rng = np.random.default_rng(0)
     words = np.stack([label(scene, frame, rng).words for frame in range(scene.frames)]).astype(np.uint8)
     motion = np.zeros((scene.frames, POOLED * POOLED), np.int64)
+    fates = np.zeros((scene.frames, POOLED * POOLED, len(FATES)), np.uint8)
     for thing in scene.things:
         across, down = thing.velocity
+        fates[thing.first, _cell(thing.centre(thing.first)), 0] = 1
+        if thing.stop == thing.first + 1 < scene.frames:
+            fates[thing.stop, _cell(thing.centre(thing.first)), 1] = 1
         if across or down:
             direction = 1 + ((0 if across < 0 else 1) if across else (2 if down < 0 else 3))
             for frame in range(max(1, thing.first), thing.stop):
                 motion[frame, _cell(thing.centre(frame))] = direction
-    return words, motion
+    return words, motion, fates
 
 
 def _cell(centre: tuple[float, float]) -> int:
