@@ -26,8 +26,10 @@ from torch.nn.functional import normalize
 from benchmarks.geometry import QWEN2_7B, SIGLIP
 from benchmarks.results import RESULTS, SHARED, machine, median, show, write
 from benchmarks.stopwatch import throughput, timed
+from tokensieve.core.cuts import Cut
 from tokensieve.core.layout import Layout
 from tokensieve.core.method import Method
+from tokensieve.core.plan import Plan, keep_all
 from tokensieve.core.registry import list_methods, resolve
 from tokensieve.core.sample import DecoderSample, FrameSample, HostFacts, PromptSample, TokenSample
 from tokensieve.core.signals import SIGNALS
@@ -149,7 +151,7 @@ class Decision:
         """Seconds of every stage of the method together."""
         method, case = self.method, self.case
         self.seconds, total = 0.0, case.layout.patches
-        entered, cuts = total, {}
+        entered, cuts, plan = total, {}, keep_all(total)
         if "frames" in method.stages:
             frames = self._timed(lambda: method.plan_frames(FrameSample(case.frames)))
             entered = total // case.frames * frames.numel()
@@ -157,26 +159,56 @@ class Decision:
             found = stand_ins(method.signals(FACTS), case, total)
             weight = torch.randn(SIGLIP["hidden_size"], case.features.shape[1])
             tokens = TokenSample(case.features, case.layout, found, FACTS, project=lambda states: states @ weight)
-            entered = self._timed(lambda: method.run_tokens(tokens)).keep.numel()
+            plan = self._timed(lambda: method.run_tokens(tokens))
+            entered = plan.keep.numel()
         memory: dict[str, Any] = {}
-        if method.decoder_layers(FACTS):
+        places = method.decoder_cuts(FACTS)
+        if places:
             prompt = PromptSample(case.features[:entered], case.features[:TEXT])
             memory = self._timed(lambda: method.read_prompt(prompt))
-        present = entered
-        for layer in method.decoder_layers(FACTS):
-            sample = DecoderSample(
-                hidden=case.features[:present],
-                layer=layer,
-                entered=entered,
-                view=case.layout.patch_view[:present],
-                item=torch.zeros(present, dtype=torch.long),
-                signals=stand_ins(method.decoder_signals(FACTS), case, present),
-                memory=memory,
-                facts=FACTS,
+        present = everything = plan.keep.cpu()[:entered]
+        states = case.features[everything] if plan.features is None else plan.features
+        for cut in places:
+            if cut.restore:
+                present, states = everything, case.features[everything]
+            if not present.numel() or not method.acts(cut, memory):
+                continue
+            decided = self._timed(
+                partial(method.plan_decoder, self._sample(cut, present, states, entered, memory, plan))
             )
-            present = cuts[layer] = self._timed(partial(method.plan_decoder, sample)).keep.numel()
+            kept = decided.keep.cpu()
+            states = states[kept] if decided.features is None else decided.features
+            present = present[kept]
+            cuts[cut.first] = present.numel()
         self.layers = layer_tokens(FACTS.decoder_layers, entered, cuts)
         return self.seconds
+
+    def _sample(
+        self, cut: Cut, present: Tensor, states: Tensor, entered: int, memory: dict[str, Any], plan: Plan
+    ) -> DecoderSample:
+        """What the method sees at a cut of the patches that are present, as one item with all text behind it."""
+        case, count = self.case, present.numel()
+        return DecoderSample(
+            hidden=states,
+            layer=cut.layer,
+            entered=entered,
+            view=case.layout.patch_view[present],
+            item=torch.zeros(count, dtype=torch.long),
+            signals=stand_ins(self.method.decoder_signals(FACTS), case, count),
+            memory=memory,
+            facts=FACTS,
+            uncompressed=torch.tensor([case.layout.patches]),
+            cut=cut,
+            patch=present,
+            cell=present % (case.layout.patches // case.frames),
+            text_item=torch.zeros(TEXT, dtype=torch.long),
+            infos=[plan.info],
+            tower={
+                request: value[present]
+                for request, value in stand_ins(self.method.signals(FACTS), case, case.layout.patches).items()
+                if value.shape[0] == case.layout.patches
+            },
+        )
 
     def _timed(self, call: Callable[[], Any]) -> Any:
         found: list[Any] = []

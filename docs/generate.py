@@ -108,7 +108,7 @@ def signals_of(cls: type[Method]) -> str:
     found = [f"`{request}`" for request in cls().signals(facts)]
     if "tokens" in cls.stages and cls.fidelity != "control":
         found.insert(0, "`tokens.features`")
-    if cls().decoder_layers(facts):
+    if cls().decoder_cuts(facts):
         found += [f"`{request}`" for request in cls().decoder_signals(facts)] + ["`decoder.hidden_states`"]
     return ", ".join(found) or "none"
 
