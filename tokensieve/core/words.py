@@ -80,6 +80,9 @@ class PromptWords:
         self._visual = {number for number in places if number is not None}
         self._ids: Tensor | None = None
         self._kept: dict[tuple[str, str], Tensor] = {}
+        if pair is not None and any(SIGNALS[name].pair for name in self.requests):
+            # A text tower without tokenizer is better met before the model runs; this raises when there is none.
+            _ = pair.tokenizer
 
     def begin(self, ids: Tensor) -> None:
         """Take the token ids [B, L] of a forward pass."""

@@ -59,10 +59,10 @@ class TextPair(ABC):
     ----------
     model : PreTrainedModel
         `CLIPModel` or `SiglipModel`; it is not changed, and its vision layers are not kept.
-    tokenizer : PreTrainedTokenizerBase
-        Of the same checkpoint.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Of the same checkpoint; loaded from ``source`` unless given.
     source : str
-        Name for messages.
+        Folder or hub name.
 
     Attributes
     ----------
@@ -83,20 +83,33 @@ class TextPair(ABC):
             raise HostError(
                 f"{source} is no {self.kind} pair of towers over square pictures; name a CLIP or SigLIP model."
             )
-        entries = int(model.config.text_config.vocab_size)
-        if not entries // 2 <= len(tokenizer) <= entries:
-            # The library makes an empty tokenizer for a folder that has none.
-            raise HostError(
-                f"The tokenizer of the text tower {source} has {len(tokenizer)} entries, its word table {entries}; its "
-                "folder needs the tokenizer files of the published checkpoint."
-            )
-        self.geometry, self.source, self.tokenizer = geometry, source, tokenizer
+        self.geometry, self.source = geometry, source
+        self._tokenizer, self._entries = tokenizer, int(model.config.text_config.vocab_size)
         self.text_model = model.text_model
         self.logit_scale = float(model.logit_scale.detach().exp().flatten()[0])
         self.text_length = int(model.config.text_config.max_position_embeddings)
         state = {_plain(name): value for name, value in vision.state_dict().items()}
         self._shapes = {name: tuple(value.shape) for name, value in state.items()}
         self._small = {name: value.detach().clone().cpu() for name, value in state.items() if value.numel() <= _SMALL}
+
+    @property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the text tower; loaded at first use, as signals of pictures alone do without.
+
+        Raises
+        ------
+        HostError
+            If there is none.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = _load_tokenizer(self.source)
+        if not self._entries // 2 <= len(self._tokenizer) <= self._entries:
+            # The library makes an empty tokenizer for a folder that has none.
+            raise HostError(
+                f"The tokenizer of the text tower {self.source} has {len(self._tokenizer)} entries, its word table "
+                f"{self._entries}; its folder needs the tokenizer files of the published checkpoint."
+            )
+        return self._tokenizer
 
     @property
     @abstractmethod
@@ -318,7 +331,7 @@ def load_pair(source: str | Path | TextPair | nn.Module, tokenizer: Any = None) 
     Raises
     ------
     HostError
-        If there is no such checkpoint, it is no pair, or it has no safetensors weights or no tokenizer.
+        If there is no such checkpoint, it is no pair, or it has no safetensors weights.
     """
     if isinstance(source, TextPair):
         return source
@@ -329,7 +342,7 @@ def load_pair(source: str | Path | TextPair | nn.Module, tokenizer: Any = None) 
     if kind not in _PAIRS:
         raise HostError(f"A model of type {kind!r} is no pair of towers; give a CLIP or SigLIP model as text_tower.")
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-    return _PAIRS[kind](model.eval(), tokenizer or _load_tokenizer(name), name)
+    return _PAIRS[kind](model.eval(), tokenizer, name)
 
 
 _LOADED: weakref.WeakKeyDictionary[nn.Module, dict[str, TextPair]] = weakref.WeakKeyDictionary()
