@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tokensieve.errors import VideoError
 
-__all__ = ["central_indices", "random_indices", "read_frames"]
+__all__ = ["central_indices", "folder_pictures", "frames_at", "random_indices", "read_frames", "video_facts"]
 
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -92,36 +92,64 @@ def read_frames(path: str | Path, count: int, generator: np.random.Generator | N
         If nothing can be read.
     """
     place = Path(path)
-    if place.is_dir():
-        return _read_folder(place, count, generator)
-    from tokensieve.video import probe, read_clip
-
-    info: Any = probe(place)
-    rate, total = info.average_fps or 0.0, info.num_frames or 0
-    if rate <= 0 or total <= count:
-        frames = read_clip(place, max(count, total)).frames
-        return frames[_choose(len(frames), count, generator)]
-    wanted = _choose(total, count, generator)
-    # The middle of a frame's time, so that rounding cannot hit its neighbour.
-    times = np.unique((wanted + 0.5) / rate)
-    times = times[times < info.duration] if info.duration else times
-    frames = read_clip(place, count, "timestamps", timestamps=times.tolist()).frames
-    return frames[np.minimum(np.arange(count), len(frames) - 1)]
+    total = len(folder_pictures(place)) if place.is_dir() else video_facts(place)[0]
+    wanted = central_indices(total - 1, count) if generator is None else random_indices(total, count, generator)
+    return frames_at(place, wanted)
 
 
-def _choose(total: int, count: int, generator: np.random.Generator | None) -> NDArray[np.int64]:
-    return central_indices(total - 1, count) if generator is None else random_indices(total, count, generator)
+def video_facts(path: Path) -> tuple[int, float]:
+    """Frames of a video, and how many a second; a still image has one."""
+    from tokensieve.video import probe
+
+    info: Any = probe(path)
+    rate = info.average_fps or 0.0
+    total = info.num_frames or (round(info.duration * rate) if rate else 1)
+    return max(1, int(total)), rate or 1.0
 
 
-def _read_folder(folder: Path, count: int, generator: np.random.Generator | None) -> NDArray[np.uint8]:
+def frames_at(path: Path, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Frames ``[len(indices), H, W, 3]`` of a video file or folder of pictures by their numbers, ascending.
+
+    Raises
+    ------
+    VideoError
+        If they cannot be read, or the pictures of a folder differ in size.
+    """
     from tokensieve.video import read_clip
 
+    distinct, place = np.unique(indices, return_inverse=True)
+    if path.is_dir():
+        return _pictures_at(path, distinct)[place]
+    total, rate = video_facts(path)
+    if total <= 2 * len(distinct):
+        frames = read_clip(path, total).frames
+        return frames[np.minimum(indices, len(frames) - 1)]
+    # The middle of a frame's time, so that rounding cannot hit its neighbour; the last one is on screen to the end.
+    times = (distinct + 0.5) / rate
+    frames = read_clip(path, len(distinct), "timestamps", timestamps=times.tolist()).frames
+    return frames[np.minimum(place, len(frames) - 1)]
+
+
+def folder_pictures(folder: Path) -> list[Path]:
+    """Pictures of a folder in the order of their names.
+
+    Raises
+    ------
+    VideoError
+        If there is none.
+    """
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
     if not files:
         raise VideoError(f"The folder {folder} holds no pictures; give a video file or a folder of frames.")
-    wanted = _choose(len(files), count, generator)
-    frames = {index: read_clip(files[index]).frames[0] for index in sorted(set(wanted.tolist()))}
-    shapes = {frame.shape for frame in frames.values()}
+    return files
+
+
+def _pictures_at(folder: Path, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+    from tokensieve.video import read_clip
+
+    files = folder_pictures(folder)
+    frames = [read_clip(files[index]).frames[0] for index in indices.tolist()]
+    shapes = {frame.shape for frame in frames}
     if len(shapes) > 1:
         raise VideoError(f"The frames in {folder} differ in size ({sorted(shapes)[:2]}); give frames of one video.")
-    return np.stack([frames[index] for index in wanted.tolist()])
+    return np.stack(frames)
