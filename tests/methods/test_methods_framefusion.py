@@ -13,6 +13,7 @@ from tokensieve.core.registry import build
 from tokensieve.core.sample import DecoderSample, HostFacts
 from tokensieve.errors import MethodError
 from tokensieve.hosts import tiny
+from tokensieve.measure.report import tokens_per_layer
 from tokensieve.methods.framefusion import NEVER, FrameFusion, merge_runs, neighbour_similarity, sparsity_left
 
 FACTS = HostFacts("any", 28, 24, 22, False)
@@ -179,18 +180,24 @@ def test_newlines_are_cells() -> None:
     lengths: list[int] = []
     text = model.eval().model.language_model
     with torch.no_grad(), tokensieve.compress(model, "framefusion:retention=0.4,similarity=0.99999") as run:
-        handle = text.layers[0].register_forward_pre_hook(
-            lambda module, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
-            with_kwargs=True,
-        )
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+                with_kwargs=True,
+            )
+            for layer in text.layers
+        ]
         out = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         layout = run.history[-1].items[0].layout
     assert out.shape[1] == inputs["input_ids"].shape[1] + 3
     newlines = int((~layout.is_patch & (layout.view >= 0)).sum())
     rows = newlines // len(layout.views)
     # Only the separators, which are equal in all frames, merge in front of the first layer.
     assert lengths[0] == inputs["input_ids"].shape[1] - (newlines - rows)
+    counted = tokens_per_layer(run.history[-1], len(text.layers))[0][1]
+    assert counted == lengths[: len(counted)]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tokensieve.core.registry import build
 from tokensieve.core.sample import HostFacts
 from tokensieve.errors import MethodError
 from tokensieve.hosts import tiny
+from tokensieve.measure.report import tokens_per_layer
 from tokensieve.methods import lvlm_csp
 from tokensieve.methods.lvlm_csp import LVLMCSP, LayerSplit
 
@@ -193,6 +194,7 @@ def test_against_layers_run_by_hand(scatter: Any) -> None:
         expected, lengths, kept = _by_hand(model.model.language_model, seen[0], visual, frame, method)
     assert torch.allclose(states, expected, atol=1e-5)
     assert [layer.get_seq_length() for layer in cache.layers] == lengths
+    assert tokens_per_layer(run.history[-1], len(lengths))[0][1] == lengths
     stages = run.history[-1].items[0].decoder
     assert torch.equal(stages[2], kept) and stages[1].numel() == layout.patches
     split = LayerSplit(1, 1, 3, stages[0].numel(), kept.numel())

@@ -283,6 +283,7 @@ class DecoderStage:
     def _record(self, layer: int) -> None:
         assert self.prompt is not None
         prompt = self.prompt
+        prompt.trace.inside[layer] = (prompt.origin >= 0).sum(1).tolist()
         for number, (item, trace) in enumerate(zip(prompt.items, prompt.trace.items, strict=True)):
             row = item.row
             alive = (prompt.tracked.item[row] == number) & (prompt.tracked.patch[row] >= 0) & prompt.real[row]

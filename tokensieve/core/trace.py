@@ -66,11 +66,15 @@ class PrefillTrace:
         Visual items in prompt order.
     before, after
         Real tokens of every row in front of the LLM, before and after compression (text included).
+    inside
+        Decoder layer -> tokens of every row from that layer on, where a method cut inside the LLM (text, separators
+        and tokens that are only hidden included).
     """
 
     items: list[ItemTrace] = field(default_factory=list)
     before: list[int] = field(default_factory=list)
     after: list[int] = field(default_factory=list)
+    inside: dict[int, list[int]] = field(default_factory=dict)
 
 
 class Clock:

@@ -323,7 +323,7 @@ def _item_report(number: int, item: ItemTrace, layers: int) -> ItemReport:
         row=item.row,
         index=item.index,
         kind=layout.kind,
-        patches=TokenCounts(layout.patches, counts[0], sum(counts) / layers, counts[-1]),
+        patches=TokenCounts(layout.patches, item.keep.numel(), sum(counts) / layers, counts[-1]),
         separators_before=layout.tokens - layout.patches,
         separators=item.separators,
         frame_patches=layout.patches_per_view.tolist(),
@@ -350,12 +350,8 @@ def tokens_per_layer(trace: PrefillTrace, layers: int) -> list[tuple[int, list[i
     """
     found = []
     for row, (before, after) in enumerate(zip(trace.before, trace.after, strict=True)):
-        counts = [after] * layers
-        for item in trace.items:
-            if item.row == row:
-                kept = layer_tokens(layers, item.keep.numel(), _cuts(item))
-                counts = [total - kept[0] + now for total, now in zip(counts, kept, strict=True)]
-        found.append((before, counts))
+        inside = {layer: rows[row] for layer, rows in trace.inside.items()}
+        found.append((before, layer_tokens(layers, after, inside)))
     return found
 
 
