@@ -122,6 +122,9 @@ def test_restored_grids_keep_their_length(models: Any) -> None:
     with torch.no_grad(), tokensieve.compress(model, "tome:retention=0.3") as run:
         model(**inputs)
     assert run.history[0].before == run.history[0].after
+    groups = run.history[0].items[0].info["tower_groups"]
+    # 30 % of 81 patches are left of every frame, and each patch knows what it became part of.
+    assert groups.shape[1] == 81 and [row.unique().numel() for row in groups] == [24] * groups.shape[0]
     both = "tome:retention=0.3,output=unmerge+vidcom2:retention=0.3"
     with torch.no_grad(), tokensieve.compress(model, both) as run:
         model(**inputs)

@@ -221,7 +221,7 @@ class Planner:
                 item.budgets[number] = allocate(method.budget, sample, method.retention)
         plan = self._plan_tokens(sample)
         if item.call.tower_tokens is not None:
-            plan.info = {**plan.info, "tower_tokens": self._tower_tokens(item)}
+            plan.info = {**plan.info, **self._tower_info(item)}
         if tokens is not None:
             plan = _onto(plan, layout.patches, tokens, layout.patch_tokens, part.patch_tokens)
             plan.info = {**plan.info, "views": kept_views}
@@ -276,12 +276,17 @@ class Planner:
         return signals
 
     @staticmethod
-    def _tower_tokens(item: PromptItem) -> Tensor:
-        """Tokens that every tower block saw, mean over the pictures of the item [layers, 2]."""
+    def _tower_info(item: PromptItem) -> dict[str, Tensor]:
+        """What became of the item inside the tower, for reports and pictures.
+
+        ``tower_tokens`` [layers, 2] are the tokens that attention and feed-forward part of every block saw, mean over
+        the pictures; ``tower_groups`` [pictures, N] the token that each patch became part of, -1 for dropped ones.
+        """
         whole = item.encoded.whole or item.encoded
         _, source = whole.fewer or (item.call, whole)
         assert item.call.tower_tokens is not None
-        return item.call.tower_tokens[source.units].float().mean(0)
+        seen, groups = item.call.tower_tokens[source.units], item.call.raw["encoder.groups"][source.units]
+        return {"tower_tokens": seen.float().mean(0), "tower_groups": groups.cpu()}
 
     def _pooled(self, call: EncodeCall, item: EncodedItem, raw: Tensor, request: SignalRequest) -> Tensor:
         """A tower signal brought to the item's tokens, channel by channel where it has channels [n] or [n, d]."""
