@@ -13,7 +13,7 @@ import tokensieve
 from tokensieve.core.layout import Layout
 from tokensieve.core.plan import Plan, reading_order
 from tokensieve.core.registry import build
-from tokensieve.core.sample import HostFacts, TokenSample
+from tokensieve.core.sample import HostFacts, StepSample, TokenSample
 from tokensieve.errors import MethodError, RetentionError
 from tokensieve.hosts import tiny
 from tokensieve.methods.dycoke import (
@@ -297,3 +297,43 @@ def test_layers_that_do_not_exist() -> None:
         tokensieve.attach(model, "dycoke:layer=9")
     with pytest.raises(MethodError, match="cosine from -1 to 1"):
         DyCoke(update=2.0)
+
+
+def test_choice_reaches_layers_that_hold_less() -> None:
+    """Behind a cut the later caches hold fewer entries; what is hidden there are the same tokens."""
+    model, processor = tiny.load("llava_onevision")
+    model.eval().set_attn_implementation("eager")
+    inputs: Any = tiny.example_inputs("llava_onevision", processor)
+    start = int((inputs["input_ids"][0] == model.config.video_token_id).nonzero()[0])
+    weights: list[torch.Tensor] = []
+    shown: list[torch.Tensor] = []
+
+    class Spy(DyCoke):
+        def plan_step(self, sample: StepSample) -> torch.Tensor | None:
+            visible = super().plan_step(sample)
+            assert visible is not None
+            shown.append(visible)
+            return visible
+
+    cutter = build("fastv", {"layer": 3, "retention": 0.5})
+    with torch.no_grad(), tokensieve.compress(model, [Spy(removed=0.5, layer=2), cutter]) as run:
+        cache = DynamicCache(config=model.config.get_text_config())
+        model.model(**inputs, past_key_values=cache)
+        item = run.history[-1].items[0]
+        handles = [
+            layer.self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1][0, :, 0]))
+            for layer in model.model.language_model.layers
+        ]
+        mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
+        model.model(input_ids=torch.tensor([[5]]), attention_mask=mask, past_key_values=cache)
+        for handle in handles:
+            handle.remove()
+    places = {patch: i for i, patch in enumerate(item.keep.tolist())}
+    for layer, present in ((1, item.keep), (2, item.keep), (3, item.decoder[3]), (4, item.decoder[3])):
+        rows = weights[layer][:, start : start + present.numel()]
+        visible = shown[0][[places[patch] for patch in present.tolist()]]
+        if layer == 1:
+            assert bool((rows > 0).all())
+        else:
+            assert bool((rows[:, visible] > 0).all()) and float(rows[:, ~visible].abs().max()) == 0.0
+            assert 0 < int(visible.sum()) < present.numel()

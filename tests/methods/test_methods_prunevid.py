@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 import tokensieve
 from tokensieve.core.layout import Layout
+from tokensieve.core.plan import Plan
 from tokensieve.core.registry import build
 from tokensieve.core.sample import DecoderSample, HostFacts, TokenSample
 from tokensieve.errors import MethodError
@@ -314,3 +315,32 @@ def test_layers_of_the_selection() -> None:
 
     assert (cut(32), cut(28), cut(36, 3), cut(5), cut(5, 2)) == (11, 11, 11, 2, 2)
     assert cut(32, layer=4) == 5
+
+
+def test_selection_behind_dropped_frames() -> None:
+    """With a frames-stage method in front, tokens find their segments among the frames that are left."""
+    model, processor = tiny.load("llava_onevision")
+    inputs: Any = tiny.example_inputs("llava_onevision", processor, batch=2)
+    seen: list[DecoderSample] = []
+
+    class Spy(PruneVid):
+        def plan_decoder(self, sample: DecoderSample) -> Plan:
+            seen.append(sample)
+            return super().plan_decoder(sample)
+
+    method = Spy(retention=0.6, scenes=1.0, neighbours=2, threshold=0.0)
+    frames = build("frame-subsample", {"retention": 0.5})
+    with torch.no_grad(), tokensieve.compress(model.eval(), [frames, method]) as run:
+        model(**inputs)
+    for sample, item in zip(seen, run.history[-1].items, strict=True):
+        assert sample.patch is not None
+        mine = torch.arange(sample.patch.numel())
+        groups = PruneVid._groups(sample, mine, sample.infos[0])
+        used = item.layout.patch_view[item.keep].unique()
+        assert used.numel() < len(item.layout.views)
+        cells = sample.patch % sample.infos[0]["static"].shape[1]
+        for number, group in enumerate(groups.tolist()):
+            frame = int(torch.searchsorted(sample.infos[0]["views"], sample.view[number]))
+            segment = [first <= frame <= last for first, last in sample.infos[0]["segments"].tolist()].index(True)
+            static = bool(sample.infos[0]["static"][segment, cells[number]])
+            assert group == (-1 - segment if static else frame)
