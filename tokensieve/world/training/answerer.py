@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,14 @@ from tokensieve.world.models import video_llm
 from tokensieve.world.scene import Scene, scene_of
 from tokensieve.world.training import attention
 from tokensieve.world.training.clips import Blocks, Eye, encode_clips, load_eye
-from tokensieve.world.training.grounding import fact_head, fact_loss, sight_head, sight_loss
+from tokensieve.world.training.grounding import (
+    fact_head,
+    fact_loss,
+    relation_head,
+    relation_loss,
+    sight_head,
+    sight_loss,
+)
 from tokensieve.world.training.optimise import optimisers, set_rate
 from tokensieve.world.training.state import Checkpoint, append_log
 from tokensieve.world.training.turns import IGNORED, Turns, choose, conversation, opening, separate, token_ids
@@ -49,7 +57,7 @@ TALK_EVERY = 6
 """One step in so many trains on conversations."""
 
 SIGHT_LAYER, SIGHT_WEIGHT = 2, 0.2
-FACT_LAYER, FACT_WEIGHT = 3, 0.3
+FACT_LAYER, RELATION_LAYER, FACT_WEIGHT = 3, 4, 0.3
 """Layers after which the auxiliary heads read, and the weights of their losses."""
 
 VISITS = 2
@@ -72,6 +80,14 @@ def _whole_blocks(steps: float) -> int:
     return max(1, round(steps / BLOCK_STEPS)) * BLOCK_STEPS
 
 
+class Aside(NamedTuple):
+    """Output of the auxiliary heads: for each visual token ``[B, M, S]``, and twice for each mention ``[m, G]``."""
+
+    sights: torch.Tensor
+    facts: torch.Tensor
+    relations: torch.Tensor
+
+
 class Answerer(nn.Module):
     """The trained parts of the second stage over cached visual tokens."""
 
@@ -79,11 +95,11 @@ class Answerer(nn.Module):
         super().__init__()
         self.decoder = llm.model.language_model
         self.newline = llm.model.image_newline
-        self.sights, self.facts = sight_head(), fact_head()
+        self.sights, self.facts, self.relations = sight_head(), fact_head(), relation_head()
         self.decoder.config._attn_implementation = attention.NAME
         self.register_buffer("opening", torch.tensor(opening()), persistent=False)
 
-    def forward(self, visual: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, visual: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, Aside]:
         """Answers, and what the auxiliary heads read.
 
         Parameters
@@ -95,9 +111,9 @@ class Answerer(nn.Module):
 
         Returns
         -------
-        tuple of torch.Tensor
+        tuple of torch.Tensor and Aside
             Logits ``[n, V]`` of the positions with a target, in the order of ``turns.targets`` without the ignored
-            ones; what the heads read from each visual token, ``[B, M, S]``, and from each mention, ``[m, G]``.
+            ones, and what the heads read on the way.
         """
         batch, number, length = turns.ids.shape
         table = self.decoder.embed_tokens
@@ -111,7 +127,7 @@ class Answerer(nn.Module):
         seen: dict[int, torch.Tensor] = {}
         hooks = [
             self.decoder.layers[i].register_forward_hook(lambda _, __, out, i=i: seen.update({i: out}))
-            for i in (SIGHT_LAYER, FACT_LAYER)
+            for i in (SIGHT_LAYER, FACT_LAYER, RELATION_LAYER)
         ]
         try:
             last = self.decoder(
@@ -124,8 +140,13 @@ class Answerer(nn.Module):
         visible = slice(start.shape[1], size - 1)
         clip = torch.tensor([one.clip for one in turns.mentions], dtype=torch.long)
         place = [size + one.turn * length + one.position for one in turns.mentions]
-        facts = self.facts(seen[FACT_LAYER][clip, torch.tensor(place, dtype=torch.long)])
-        return F.linear(last[:, size:][wanted], table.weight), self.sights(seen[SIGHT_LAYER][:, visible]), facts
+        at = (clip, torch.tensor(place, dtype=torch.long))
+        aside = Aside(
+            self.sights(seen[SIGHT_LAYER][:, visible]),
+            self.facts(seen[FACT_LAYER][at]),
+            self.relations(seen[RELATION_LAYER][at]),
+        )
+        return F.linear(last[:, size:][wanted], table.weight), aside
 
 
 def thinned(
@@ -192,11 +213,12 @@ def train_answerer(
             turns = _turns_of(step, phase, scenes, rng)
             visual, idx = thinned(batch["features"], rng, phase.missing)
             with torch.autocast("cpu", torch.bfloat16):
-                logits, sights, facts = model(visual, turns)
+                logits, aside = model(visual, turns)
             logits, targets = logits.float(), turns.targets[turns.targets != IGNORED]
             loss = _loss(logits, targets)
-            sight = sight_loss(sights, batch["words"], batch["motion"], batch["fates"], idx)
-            fact = fact_loss(facts, turns.mentions, scenes)
+            sight = sight_loss(aside.sights, batch["words"], batch["motion"], batch["fates"], idx)
+            fact = fact_loss(aside.facts, turns.mentions, scenes)
+            fact = fact + relation_loss(aside.relations, turns.mentions, scenes)
             (loss + SIGHT_WEIGHT * sight + FACT_WEIGHT * fact).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in found.values():

@@ -40,6 +40,14 @@ FACTS = {
     "motion": 1 + len(DIRECTIONS),
 }
 
+RELATIONS = ("changed", "later", "right", "below")
+"""Of a named object: does its colour change, and how does it stand to the object that was named before."""
+
+
+def relation_head() -> nn.Linear:
+    """Head over the words that name objects, two classes for every relation."""
+    return nn.Linear(WIDTH, 2 * len(RELATIONS))
+
 
 def sight_head() -> nn.Linear:
     """Head over visual tokens."""
@@ -103,13 +111,40 @@ def fact_loss(read: torch.Tensor, mentions: Sequence[Mention], scenes: Sequence[
     if not mentions:
         return read.sum() * 0
     targets = torch.tensor([_facts(scenes[one.clip], one.thing) for one in mentions])
-    parts = read.float().split(list(FACTS.values()), -1)
+    return _asked(read.float().split(list(FACTS.values()), -1), targets)
+
+
+def relation_loss(read: torch.Tensor, mentions: Sequence[Mention], scenes: Sequence[Scene]) -> torch.Tensor:
+    """How well the word that completes an object's name knows :data:`RELATIONS`; arguments as for :func:`fact_loss`."""
+    if not mentions:
+        return read.sum() * 0
+    targets = torch.tensor([_relations(scenes[one.clip], one) for one in mentions])
+    return _asked(read.float().split(2, -1), targets)
+
+
+def _asked(parts: Sequence[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies of ``[m, classes]`` parts against the columns of ``targets [m, parts]``."""
     losses = [
         F.cross_entropy(part, target, ignore_index=IGNORED)
         for part, target in zip(parts, targets.unbind(1), strict=True)
         if (target != IGNORED).any()
     ]
-    return torch.stack(losses).sum()
+    return torch.stack(losses).sum() if losses else parts[0].sum() * 0
+
+
+def _relations(scene: Scene, mention: Mention) -> list[int]:
+    """One target for every entry of :data:`RELATIONS`; ignored where nothing is to be compared."""
+    if mention.thing < 0:
+        return [IGNORED] * len(RELATIONS)
+    thing = scene.things[mention.thing]
+    found = [int(thing.changed)]
+    if mention.before < 0:
+        return found + [IGNORED] * (len(RELATIONS) - 1)
+    other = scene.things[mention.before]
+    later = int(thing.first > other.first) if thing.first != other.first else IGNORED
+    across, down = (mine - theirs for mine, theirs in zip(thing.start, other.start, strict=True))
+    apart = [int(gap > 0) if abs(gap) >= CELL else IGNORED for gap in (across, down)]
+    return [*found, later, *(apart if thing.role == other.role == "still" else [IGNORED] * 2)]
 
 
 def _facts(scene: Scene, index: int) -> list[int]:

@@ -60,12 +60,16 @@ def choose(scene: Scene, number: int, rng: np.random.Generator) -> list[Question
 
 @dataclass(frozen=True)
 class Mention:
-    """The token ``[clip, turn, position]`` that completes the name of an object, and its index in the scene or -1."""
+    """The token ``[clip, turn, position]`` that completes the name of an object, and its index in the scene or -1.
+
+    ``before`` is the object that the same question names before it, -1 if none.
+    """
 
     clip: int
     turn: int
     position: int
     thing: int
+    before: int
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,10 @@ def separate(asked: list[list[Question]]) -> Turns:
     rows = [[turn(question, True) for question in clip] for clip in asked]
     found = _packed(rows, [[question.family for question in clip] for clip in asked])
     mentions = (
-        Mention(i, j, position, thing)
+        Mention(i, j, position, thing, before)
         for i, clip in enumerate(asked)
         for j, question in enumerate(clip)
-        for position, thing in zip(_named(question), question.about, strict=True)
+        for position, thing, before in zip(_named(question), question.about, (-1, *question.about), strict=False)
     )
     return replace(found, mentions=tuple(mentions))
 
