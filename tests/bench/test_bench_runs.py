@@ -60,6 +60,19 @@ def test_retention_one_answers_as_the_full_model(tmp_path: Path, items: list[Ite
         assert row.achieved == 1.0
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "video_llama_3"])
+def test_other_families(tmp_path: Path, items: list[Item], family: str) -> None:
+    """Frames as single images, three position axes, whole frames: equal at retention 1.0, fewer tokens below."""
+    model, processor = loaded(family)
+    settings = [Setting(FULL), *(Setting("vidcom2", share) for share in (1.0, 0.4)), Setting("random", 0.4)]
+    with Journal(tmp_path / "j", CONFIGURATION) as journal:
+        results = bench_session(Session(model, processor, settings, "open"), items[:2], settings, journal)
+        full, same = (journal.units[setting.key, "clip-0"]["answers"] for setting in settings[:2])
+    assert not results.refused and full == same
+    shares = {row.setting: row.achieved for row in results.rows}
+    assert shares["vidcom2 @ 1"] == 1.0 and 0.2 < shares["vidcom2 @ 0.4"] < 0.5 and shares["random @ 0.4"] < 0.5
+
+
 def test_letters_are_scored_without_decoding(items: list[Item]) -> None:
     """The candidate whose letter scores highest, alone or behind a blank, by a reference that reads all logits."""
     model, processor = loaded()

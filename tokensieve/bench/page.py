@@ -14,7 +14,7 @@ from tokensieve.bench.results import Comparison, Results, Row
 from tokensieve.bench.settings import RANDOM
 from tokensieve.bench.statistics import Estimate
 
-__all__ = ["brief_reason", "ranked", "render_page", "verdict"]
+__all__ = ["claim", "ranked", "refusals", "render_page", "verdict"]
 
 SIGNIFICANT = 0.05
 
@@ -37,7 +37,7 @@ def render_page(results: Results) -> str:
             for name, rows in ranked(results)
         ],
         chance=[percent(facts["chance"]) for facts in results.families.values()],
-        refused=[(key, brief_reason(reason)) for key, reason in results.refused.items()],
+        refused=[(", ".join(settings), reason) for reason, settings in refusals(results).items()],
         encode=_milliseconds(results.full.milliseconds["encode"]),
         style=Markup(style),
     )
@@ -86,9 +86,13 @@ def verdict(compared: Comparison | None) -> str:
     return "better" if compared.difference > 0 else "worse"
 
 
-def brief_reason(reason: str) -> str:
-    """A refusal without the list of methods that would work."""
-    return reason.partition("; methods that work here")[0].rstrip(".") + "."
+def refusals(results: Results) -> dict[str, list[str]]:
+    """Why settings have no result, without the list of methods that would work -> the settings."""
+    found: dict[str, list[str]] = {}
+    for setting, reason in results.refused.items():
+        brief = reason.partition("; methods that work here")[0].rstrip(".") + "."
+        found.setdefault(brief, []).append(setting)
+    return found
 
 
 def _facts(results: Results) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -65,9 +66,10 @@ def in_processes(
             except queue.Empty:
                 dead = next((process for process in processes if process.exitcode not in (None, 0)), None)
                 if dead is not None:
+                    killed = "was killed, perhaps for lack of memory" if dead.exitcode == -signal.SIGKILL else "failed"
                     raise BenchError(
-                        f"A worker process ended with code {dead.exitcode}, perhaps for lack of memory; run again with "
-                        "fewer --workers, it goes on where it stopped."
+                        f"A worker process {killed} (code {dead.exitcode}); run again with --workers "
+                        f"{max(1, count - 1)}, it goes on where it stopped."
                     ) from None
                 continue
             if kind == "done":
@@ -90,6 +92,8 @@ def _work(config: BenchConfig, settings: Sequence[Setting], style: PromptStyle, 
     import torch
 
     _end_with_parent()
+    # The process that started this one hears Ctrl-C too, and ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     try:

@@ -134,37 +134,40 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 def _show(results: Results) -> None:
-    from tokensieve.bench.page import brief_reason
+    from tokensieve.bench.page import claim, ranked, refusals
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("setting", style="bold", no_wrap=True)
-    for title in ("accuracy", "kept", "full", "random", "tokens", "layer", "ms"):
+    for title in ("right", "kept", "full", "random", "tokens", "layer", "ms"):
         table.add_column(title, justify="right", no_wrap=True)
-    for row in results.rows:
-        table.add_row(*_cells(row))
+    for _, rows in ranked(results):
+        for row in rows:
+            table.add_row(*_cells(row))
+        table.add_section()
     facts = results.facts
     table.caption = (
-        f"{facts['questions']} questions about {facts['clips']} clips. full, random: difference in points, bold when "
-        "it holds after Holm's correction. tokens: enter the LLM; layer: share per layer. ms: compressor and prefill "
-        f"per question; encoding takes {results.full.milliseconds['encode']:.3g} ms per clip."
+        f"{facts['questions']} questions about {facts['clips']} clips. right, kept: accuracy and share of the full "
+        "model's, %. full, random: difference in points, bold when it holds after Holm's correction. tokens: enter the "
+        "LLM; layer: share per layer, %. ms: compressor and prefill per question; encoding takes "
+        f"{results.full.milliseconds['encode']:.3g} ms per clip."
     )
     out.print(table)
-    for setting, reason in results.refused.items():
-        note(f"{setting}: {brief_reason(reason)}")
+    out.print(Text(" ".join(part for part in claim(results) if part)), soft_wrap=True)
+    for reason, settings in refusals(results).items():
+        note(f"{', '.join(settings)}: {reason}")
 
 
 def _cells(row: Row) -> list[Any]:
-    from tokensieve.bench.charts import percent
-
+    spent = row.milliseconds["llm"]
     return [
         Text(row.setting, style="dim" if row.control else ""),
-        percent(row.accuracy.value),
-        "" if row.kept is None else percent(row.kept.value),
+        f"{100 * row.accuracy.value:.1f}",
+        "" if row.kept is None else f"{100 * row.kept.value:.1f}",
         _difference(row.against_full),
         _difference(row.against_random),
         f"{row.tokens['entered']:.0f}",
-        percent(row.achieved),
-        f"{row.milliseconds['llm']:.3g}",
+        f"{100 * row.achieved:.1f}",
+        f"{spent:.0f}" if spent >= 10 else f"{spent:.1f}",
     ]
 
 
