@@ -41,7 +41,7 @@ class WorldItem:
 
     def read_frames(self) -> tuple[np.ndarray, float]:
         """The frames ``uint8 [F, 96, 96, 3]`` and their rate per second."""
-        return _drawn(self.scene), FRAMES_PER_SECOND
+        return _drawn(self.scene).copy(), FRAMES_PER_SECOND
 
 
 @lru_cache(maxsize=64)

@@ -137,7 +137,8 @@ def _relations(scene: Scene, mention: Mention) -> list[int]:
     if mention.thing < 0:
         return [IGNORED] * len(RELATIONS)
     thing = scene.things[mention.thing]
-    found = [int(thing.changed)]
+    # Most objects never change; asked about all of them, the head would learn to say so.
+    found = [int(thing.changed) if mention.thing == scene.watched else IGNORED]
     if mention.before < 0:
         return found + [IGNORED] * (len(RELATIONS) - 1)
     other = scene.things[mention.before]

@@ -68,6 +68,8 @@ def export(folder: Path, target: Path, seed: int = 0) -> None:
     model.model.language_model.load_state_dict(answerer.decoder.state_dict())
     model.model.image_newline.data.copy_(answerer.newline)
     model.tie_weights()
+    # Read by `tokensieve bench`: this model answers questions without options.
+    model.config.tokensieve_prompt = "open"
     model.generation_config.max_new_tokens = 4
     model.generation_config.eos_token_id = model.config.text_config.eos_token_id
     model.generation_config.pad_token_id = model.config.text_config.pad_token_id
