@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tokensieve.train.freeze import require
 __all__ = ["BaseTrainer", "Curves", "EpochFrames", "draw_curves", "training_arguments"]
 
 BESIDE_FILE = "beside-adapters.safetensors"
+_REDRAW_SECONDS = 60.0
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 
@@ -137,6 +139,7 @@ class Curves(TrainerCallback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._drawn = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A run from the start begins a new file; a resumed one forgets the rows behind its checkpoint."""
@@ -155,8 +158,10 @@ class Curves(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
-        if state.is_world_process_zero:
+        # A picture takes longer than a step of a small model.
+        if state.is_world_process_zero and time.monotonic() - self._drawn > _REDRAW_SECONDS:
             draw_curves(self.folder)
+            self._drawn = time.monotonic()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
