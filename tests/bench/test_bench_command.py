@@ -116,13 +116,13 @@ def test_a_kill_loses_nothing_but_the_work_under_way(dataset: Path, model: str, 
     command = [sys.executable, "-m", "tokensieve.cli", *words(dataset, model, killed, "--workers", "2")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     journal = killed / "journal.jsonl"
-    until = time.monotonic() + 300
-    while time.monotonic() < until and not (journal.is_file() and journal.read_bytes().count(b'"unit"') >= 3):
+    while process.poll() is None and not (journal.is_file() and journal.read_bytes().count(b'"unit"') >= 3):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = journal.read_bytes().count(b'"unit"')
     assert 3 <= before < 4 * 7
+    until = time.monotonic() + 300
     while time.monotonic() < until and _alive(process.pid):
         time.sleep(0.1)
     assert not _alive(process.pid)

@@ -152,7 +152,7 @@ def _show(results: Results) -> None:
         f"{results.full.milliseconds['encode']:.3g} ms per clip."
     )
     out.print(table)
-    out.print(Text(" ".join(part for part in claim(results) if part)), soft_wrap=True)
+    out.print(Text(". ".join(part for part in claim(results) if part)), soft_wrap=True)
     for reason, settings in refusals(results).items():
         note(f"{', '.join(settings)}: {reason}")
 
