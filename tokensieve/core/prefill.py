@@ -286,7 +286,8 @@ class Planner:
         _, source = whole.fewer or (item.call, whole)
         assert item.call.tower_tokens is not None
         seen, groups = item.call.tower_tokens[source.units], item.call.raw["encoder.groups"][source.units]
-        return {"tower_tokens": seen.float().mean(0), "tower_groups": groups.cpu()}
+        found = {"tower_tokens": seen.float().mean(0)}
+        return {**found, "tower_groups": groups.cpu()} if groups.dim() == 2 else found
 
     def _pooled(self, call: EncodeCall, item: EncodedItem, raw: Tensor, request: SignalRequest) -> Tensor:
         """A tower signal brought to the item's tokens, channel by channel where it has channels [n] or [n, d]."""

@@ -39,6 +39,8 @@ class HostFacts:
         Whether every patch of the tower becomes one token of the LLM, without pooling.
     tiled_images
         Whether an image may be several pictures (a base picture and tiles).
+    drops_packed
+        Whether patches can be dropped inside a tower that takes all pictures as one sequence.
     tower_pair
         Kind of the contrastive pair that the vision tower is half of (``"clip"``, ``"siglip"``), empty for others.
     text_tower
@@ -57,6 +59,7 @@ class HostFacts:
     window_attention: bool = False
     patch_tokens: bool = False
     tiled_images: bool = False
+    drops_packed: bool = False
     tower_pair: str = ""
     text_tower: str | None = None
     video_separators: Separators = "none"
@@ -183,8 +186,8 @@ class DecoderSample:
     patch : Tensor [n], optional
         Patch of its item that every token stands for; -1 for separators.
     cell : Tensor [n], optional
-        Number of the grid cell of every token, the same for the same place in all frames of an item; separators
-        have cells behind their grid row.
+        Number of the grid cell of every token, the same for the same place in all frames of a video; views of an image
+        have cells of their own, and separators cells behind their grid row.
     text_item : Tensor [T'], optional
         For every text token of the row the item that it stands behind, -1 in front of the first one.
     infos

@@ -211,6 +211,13 @@ SIGNALS: dict[str, Signal] = {
             "Queries, keys and values of every tower block while it runs, for methods that shorten its sequence.",
         ),
         Signal(
+            "tower.packed_blocks",
+            "encoder",
+            "[F, H, n, d]",
+            "Queries, keys and values of every block, while it runs, of a tower that takes all pictures as one "
+            "sequence.",
+        ),
+        Signal(
             "tower.class_token",
             "encoder",
             "[B, H, T, d]",

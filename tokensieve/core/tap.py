@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from tokensieve.core.encode import EncodeCall, EncodedItem
 from tokensieve.core.layout import ItemKind
 from tokensieve.core.method import Method
+from tokensieve.core.packed_stage import PackedStage
 from tokensieve.core.sample import FrameSample
 from tokensieve.core.signals import SignalRequest
 from tokensieve.core.states import STATE_SIGNALS, listen_states
 from tokensieve.core.tower_stage import GROUPS, TowerStage
 from tokensieve.errors import MethodError
 from tokensieve.hosts.base import Host
+from tokensieve.hosts.towers import PackedTower
 from tokensieve.pairing.pair import TextPair
 
 _CALL = "tokensieve_call"
@@ -65,7 +67,7 @@ class EncoderTap:
         self.frame_method = frame_method
         self.clock = clock
         self.pending: dict[ItemKind, EncodeCall] = {}
-        self._tower: TowerStage | None = None
+        self._tower: TowerStage | PackedStage | None = None
         if tower_method is not None and tower_method.retention < 1.0:
             for request in requests:
                 if request.name != GROUPS:
@@ -73,7 +75,11 @@ class EncoderTap:
                         f"{tower_method.name} shortens the sequence inside the vision tower, so that {request} cannot "
                         "be read there; compose it with methods that need no signal of the tower."
                     )
-            self._tower = TowerStage(host.tower_module(base), host.tower(base), host.facts(base), tower_method)
+            module, tower, facts = host.tower_module(base), host.tower(base), host.facts(base)
+            if isinstance(tower, PackedTower):
+                self._tower = PackedStage(module, tower, facts, tower_method)
+            else:
+                self._tower = TowerStage(module, tower, facts, tower_method)
         self._active: EncodeCall | None = None
         self._handles: list[Any] = []
         self._wrapped: list[str] = []

@@ -32,6 +32,7 @@ class Host:
     ``ragged_frames`` says, where the family's own processor leaves tokens out, how to get whole frames;
     ``drops_frames`` whether frames can be left out before they are encoded; ``patch_tokens`` whether every patch of
     the tower is one token of the LLM; ``projects_patches`` whether the projector takes patch by patch;
+    ``drops_packed`` whether patches can be dropped inside a tower that takes all pictures as one sequence;
     ``merges_patches`` whether the tower itself joins neighbouring patches; ``tiled_images`` whether an image may be
     several pictures.
 
@@ -57,6 +58,7 @@ class Host:
     projects_patches: ClassVar[bool] = False
     merges_patches: ClassVar[bool] = False
     tiled_images: ClassVar[bool] = False
+    drops_packed: ClassVar[bool] = False
 
     def tower(self, base: Any) -> PictureTower:
         """How attention is read out of this family's vision tower."""
@@ -90,6 +92,7 @@ class Host:
             window_attention=self.window_attention,
             patch_tokens=self.patch_tokens,
             tiled_images=self.tiled_images,
+            drops_packed=self.drops_packed,
             tower_pair=self.tower_pair(base),
             text_tower=self.text_tower(base),
             video_separators=self.video_separators,
@@ -137,13 +140,16 @@ class Host:
             return "absent"
         if name == "encoder.mean_query_attention" and not self.merges_patches:
             return "absent"
+        if name == "tower.packed_blocks":
+            return "native" if self.drops_packed else "absent"
         if name.startswith("tower.") and not self._open_tower(base):
             return "absent"
         if name == "tower.class_token" and not self.tower(base).class_token:
             return "absent"
         if name == "encoder.pixel_entropy" and self.tower(base).pixels is None:
             return "absent"
-        if name == "encoder.groups" and not (self.patch_tokens and self._open_tower(base)):
+        whole = self.drops_packed or (self.patch_tokens and self._open_tower(base))
+        if name == "encoder.groups" and not whole:
             return "absent"
         native = ("tokens.features", "encoder.states", "decoder.hidden_states", "frames.count", "prompt.newline")
         return "native" if name in native else "recomputed"

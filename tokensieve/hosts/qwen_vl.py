@@ -81,6 +81,7 @@ class Qwen2VL(_QwenVL):
     """Qwen2-VL."""
 
     slug = "qwen2_vl"
+    drops_packed = True
     title = "Qwen2-VL"
     model_types = ("qwen2_vl",)
     layout_note = "2 frames and 2 x 2 patches a token, no newline, 3-axis positions"

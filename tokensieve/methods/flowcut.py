@@ -30,6 +30,9 @@ from tokensieve.ops.select import top_indices
 from tokensieve.ops.similarity import as_float32
 
 CLASS = "tower.class_token"
+PACKED = "tower.packed_blocks"
+SQUARE = 4
+"""Patches that packed towers join into a token."""
 GROUPS = "encoder.groups"
 ATTENTION = "decoder.visual_attention"
 LIKENESS = "decoder.value_likeness"
@@ -299,6 +302,28 @@ class FlowProgram(TowerProgram):
         return self.flow.step(block.layer, block.class_attention(), likeness, values[:, :, 1:].mean(dim=1))
 
 
+class PackedFlowProgram(TowerProgram):
+    """The form for towers without class token (C): the mean query asks, values count by length, no likeness.
+
+    Parameters
+    ----------
+    target : int
+        Patches to keep per temporal step.
+    last : int
+        Index of the last block.
+    """
+
+    def __init__(self, target: int, last: int) -> None:
+        self.flow = EncoderFlow(target, last, normalise=False)
+
+    def drop(self, block: Block) -> Tensor | None:
+        """One row of attention and the values of the block."""
+        if block.patches <= self.flow.target:
+            return None
+        attention = mean_query_attention(block.q, block.k)
+        return self.flow.step(block.layer, attention, None, as_float32(block.v).mean(dim=1))
+
+
 @register
 @dataclass
 class FlowCut(Method):
@@ -326,17 +351,19 @@ class FlowCut(Method):
     exact_count: ClassVar[bool] = False
     fidelity: ClassVar[Fidelity] = "exact"
     fidelity_note: ClassVar[str] = (
-        "pictures of different images of a batch do not influence each other, as with the released code at batch 1; "
-        "the form for towers that pack all pictures into one sequence (Qwen2-VL) is not offered"
+        "pictures of different images of a batch do not influence each other, as with the released code at batch 1; in "
+        "Qwen2-VL, whose released form takes one image, the steps of a video keep equally many patches each"
     )
 
     def signals(self, facts: HostFacts) -> tuple[str, ...]:
-        """The class token in every block, and which patches are left."""
-        return (CLASS, GROUPS) if self.retention < 1.0 else (CLASS,)
+        """Every block with its class token, or of a packed tower, and which patches are left."""
+        blocks = PACKED if facts.drops_packed else CLASS
+        return (blocks, GROUPS) if self.retention < 1.0 else (blocks,)
 
     def decoder_layers(self, facts: HostFacts) -> tuple[int, ...]:
-        """One cut for hosts with tiled images."""
-        return (self.decoder_layer,) if facts.tiled_images and self.decoder_layer is not None else ()
+        """One cut for hosts with tiled images or a packed tower."""
+        cuts = facts.tiled_images or facts.drops_packed
+        return (self.decoder_layer,) if cuts and self.decoder_layer is not None else ()
 
     def decoder_signals(self, facts: HostFacts) -> tuple[str, ...]:
         """Attention and values of the last prompt token and the visual tokens."""
@@ -357,13 +384,18 @@ class FlowCut(Method):
         return "item" if self.coupled else "picture"
 
     def token_count(self, layout: Layout) -> int | None:
-        """``round(N * retention)`` of a single picture; unknown for tiled images, whose rims are cut off."""
-        if layout.kind == "image" and len(layout.views) > 1:
-            return None
-        return sum(keep_count(size, self.retention) for size in layout.patches_per_view.tolist())
+        """Not known from geometry: it depends on the host whether the LLM drops the rest."""
+        return None
 
     def tower_program(self, sample: TowerSample) -> TowerProgram:
-        """T patches a picture: the share kept, or half of an image's tokens where the LLM drops the rest."""
+        """T patches a picture: the share kept, or half of an image's tokens where the LLM drops the rest.
+
+        A packed tower keeps twice the tokens that are wanted in the end, each of four patches.
+        """
+        if not sample.class_token:
+            wanted = keep_count(sample.tokens, self.retention) * (2 if self.decoder_layers(sample.facts) else 1)
+            target = min(sample.patches, SQUARE * max(1, wanted // sample.pictures))
+            return PackedFlowProgram(target, sample.layers - 1)
         target = keep_count(sample.patches, self.retention)
         tiled = not sample.is_video and sample.tokens > sample.patches
         if tiled and self.decoder_layers(sample.facts):
