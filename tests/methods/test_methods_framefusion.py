@@ -212,3 +212,16 @@ def test_other_cuts_are_refused() -> None:
     model, _ = tiny.build_in_memory("llava_onevision")
     with pytest.raises(MethodError, match="both cut in front of layer 2"):
         tokensieve.attach(model, "framefusion+fastv")
+
+
+def test_views_of_a_picture_are_no_frames() -> None:
+    """The base picture and the mosaic of tiles do not merge, however low the bound."""
+    model, processor = tiny.load("llava_next")
+    inputs = tiny.example_inputs("llava_next", processor)
+    with torch.no_grad(), tokensieve.compress(model.eval(), "framefusion:similarity=-1") as run:
+        model(**inputs)
+    item = run.history[-1].items[0]
+    assert len(item.layout.views) > 1
+    # The newlines of the mosaic are cells of their own too, so that nothing at all merges in front of the LLM.
+    assert item.decoder[0].numel() == item.layout.patches
+    assert run.history[-1].inside[0] == run.history[-1].after

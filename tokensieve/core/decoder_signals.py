@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -89,9 +88,9 @@ class DecoderSignals:
         hooks = []
         for cut, wanted in self.wanted.items():
             if cut.attention >= 0 and wanted & _ATTENDED:
-                hooks.append(self._listen_attention(cut.attention, partial(self._behind_layer, cut)))
+                hooks.append(self._listen_attention(cut, cut.attention, self._behind_layer))
             if cut.attention >= 1 and EARLIER_LAST in wanted:
-                hooks.append(self._listen_attention(cut.attention - 1, partial(self._behind_earlier_layer, cut)))
+                hooks.append(self._listen_attention(cut, cut.attention - 1, self._behind_earlier_layer))
         names = {name for wanted in self.wanted.values() for name in wanted if name.startswith(f"{TRANSITION}@")}
         for layer in sorted(int(name.partition("@")[2]) for name in names):
             for part in (self.layers[layer].self_attn, self.layers[layer].mlp):
@@ -141,9 +140,10 @@ class DecoderSignals:
             found[TEXT_STATES] = hidden[row].index_select(0, view.text.to(hidden.device))
         return found
 
-    def _listen_attention(self, index: int, read: Callable[[RowView, LayerAttention], dict[str, Tensor]]) -> Any:
-        """A hook on the attention of a layer that adds what ``read`` finds to the signals of its cut."""
-        cut: Cut = read.args[0]  # type: ignore[attr-defined]
+    def _listen_attention(
+        self, cut: Cut, index: int, read: Callable[[Cut, RowView, LayerAttention], dict[str, Tensor]]
+    ) -> Any:
+        """A hook on the attention of a layer that adds what ``read`` finds to the signals of a cut."""
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
             views = self.rows(cut, index)
@@ -157,7 +157,7 @@ class DecoderSignals:
                     if view is not None and view.visual.numel():
                         one = hidden[row : row + 1]
                         layer = LayerAttention(self.host, module, one, row_tables(tables, row), view.keys, cache, row)
-                        found[row].update(read(view, layer))
+                        found[row].update(read(cut, view, layer))
 
         return self.layers[index].self_attn.register_forward_hook(hook, with_kwargs=True)
 

@@ -46,6 +46,9 @@ def decoder_sample(
         local[spots] = order
         view[spots] = layout.view[token[spots]] + frames
         cell[spots] = layout.row[token[spots]] * (int(layout.column.max()) + 1) + layout.column[token[spots]]
+        if layout.kind == "image":
+            # The views of a picture are no moments: the same place of another one is another cell.
+            cell[spots] += layout.view[token[spots]] * (int(layout.row.max()) + 1) * (int(layout.column.max()) + 1)
         behind_item[tracked.item[row] == i] = order
         frames += len(layout.views)
         for request in requests:
