@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from tokensieve.bench.config import BenchConfig, default_workers, load_items, model_identity, resolved
 from tokensieve.cli import app
+from tokensieve.cli.bench import bench
 from tokensieve.errors import HostError
 from tokensieve.hosts import tiny
 
@@ -170,6 +172,15 @@ def test_without_a_model_the_bundled_one_runs(tmp_path: Path, monkeypatch: pytes
     assert (said.prompt, said.dtype) == ("letters", "bfloat16")
     other = BenchConfig(model="owner/name")
     assert resolved(other) is other
+
+
+def test_the_command_states_the_defaults_of_the_library() -> None:
+    defaults = {name: parameter.default for name, parameter in inspect.signature(bench).parameters.items()}
+    config = BenchConfig()
+    assert tuple(float(part) for part in defaults["retention"].split(",")) == config.retentions
+    assert (defaults["methods"],) == config.methods
+    for name in ("clips", "questions", "split", "frames", "prompt", "seed", "batch", "dtype", "device"):
+        assert defaults[name] == getattr(config, name), name
 
 
 def test_small_models_get_a_process_per_core(model: str) -> None:
