@@ -119,11 +119,10 @@ def _order(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
             pair = [scene.things[j] for j in about]
             if pair[0].shape == pair[1].shape:
                 continue
-            earlier, later = sorted(pair, key=lambda thing: thing.first)
+            earlier = min(pair, key=lambda thing: thing.first)
             candidates = (SHAPES[pair[0].shape], SHAPES[pair[1].shape])
-            word, right = (("first", earlier), ("last", later))[int(rng.integers(2))]
-            text = f"which appears {word}, the {pair[0].name} or the {pair[1].name}?"
-            yield Question("order", text, candidates, SHAPES[right.shape], about)
+            text = f"which appears first, the {pair[0].name} or the {pair[1].name}?"
+            yield Question("order", text, candidates, SHAPES[earlier.shape], about)
 
 
 def _moment(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:

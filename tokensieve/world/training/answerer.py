@@ -56,6 +56,9 @@ BLOCK_STEPS = 24
 TALK_EVERY = 6
 """One step in so many trains on conversations."""
 
+WEIGHTS: dict[str, float] = {"counting": 4.0, "order": 3.0, "one-frame": 3.0, "two-places": 4.0}
+"""Families that lag behind, and how much more their answers count."""
+
 SIGHT_LAYER, SIGHT_WEIGHT = 2, 0.2
 FACT_LAYER, RELATION_LAYER, FACT_WEIGHT = 3, 4, 0.3
 """Layers after which the auxiliary heads read, and the weights of their losses."""
@@ -215,10 +218,11 @@ def train_answerer(
             with torch.autocast("cpu", torch.bfloat16):
                 logits, aside = model(visual, turns)
             logits, targets = logits.float(), turns.targets[turns.targets != IGNORED]
-            loss = _loss(logits, targets)
+            weights = _weights(turns, complete=idx is None)
+            loss = _loss(logits, targets, turns, weights)
             sight = sight_loss(aside.sights, batch["words"], batch["motion"], batch["fates"], idx)
-            fact = fact_loss(aside.facts, turns.mentions, scenes)
-            fact = fact + relation_loss(aside.relations, turns.mentions, scenes)
+            fact = fact_loss(aside.facts, turns.mentions, scenes, weights)
+            fact = fact + relation_loss(aside.relations, turns.mentions, scenes, weights)
             (loss + SIGHT_WEIGHT * sight + FACT_WEIGHT * fact).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in found.values():
@@ -288,10 +292,16 @@ def _plan(phases: tuple[Phase, ...]) -> list[tuple[int, Phase, int]]:
     return found
 
 
-def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy; the token that ends an answer is easy and counts a tenth."""
+def _weights(turns: Turns, complete: bool) -> torch.Tensor:
+    """How much each turn counts, ``[B, K]``; all the same where tokens are missing, and with them some evidence."""
+    return torch.tensor([[WEIGHTS.get(name, 1.0) if complete else 1.0 for name in names] for names in turns.families])
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor, turns: Turns, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted cross-entropy; the token that ends an answer is easy and counts a tenth."""
     each = F.cross_entropy(logits, targets, reduction="none")
-    weight = torch.where(targets == _end(), 0.1, 1.0)
+    clip, turn, _ = (turns.targets != IGNORED).nonzero(as_tuple=True)
+    weight = torch.where(targets == _end(), 0.1, 1.0) * weights[clip, turn]
     return (each * weight).sum() / weight.sum()
 
 
@@ -344,5 +354,5 @@ class Examination:
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(features.flatten(1, 2), turns)[0].float()
             targets = turns.targets[turns.targets != IGNORED]
-            tally.add(_loss(logits, targets), logits, targets, turns)
+            tally.add(_loss(logits, targets, turns, _weights(turns, complete=False)), logits, targets, turns)
         return tally.close()

@@ -96,7 +96,9 @@ def sight_loss(
     return loss
 
 
-def fact_loss(read: torch.Tensor, mentions: Sequence[Mention], scenes: Sequence[Scene]) -> torch.Tensor:
+def fact_loss(
+    read: torch.Tensor, mentions: Sequence[Mention], scenes: Sequence[Scene], weights: torch.Tensor
+) -> torch.Tensor:
     """How well the word that completes an object's name knows the object.
 
     Parameters
@@ -107,29 +109,36 @@ def fact_loss(read: torch.Tensor, mentions: Sequence[Mention], scenes: Sequence[
         Where they are.
     scenes
         What happens in each clip of the batch.
+    weights
+        How much each turn counts, ``[B, K]``.
     """
     if not mentions:
         return read.sum() * 0
     targets = torch.tensor([_facts(scenes[one.clip], one.thing) for one in mentions])
-    return _asked(read.float().split(list(FACTS.values()), -1), targets)
+    return _asked(read.float().split(list(FACTS.values()), -1), targets, _of_mentions(weights, mentions))
 
 
-def relation_loss(read: torch.Tensor, mentions: Sequence[Mention], scenes: Sequence[Scene]) -> torch.Tensor:
+def relation_loss(
+    read: torch.Tensor, mentions: Sequence[Mention], scenes: Sequence[Scene], weights: torch.Tensor
+) -> torch.Tensor:
     """How well the word that completes an object's name knows :data:`RELATIONS`; arguments as for :func:`fact_loss`."""
     if not mentions:
         return read.sum() * 0
     targets = torch.tensor([_relations(scenes[one.clip], one) for one in mentions])
-    return _asked(read.float().split(2, -1), targets)
+    return _asked(read.float().split(2, -1), targets, _of_mentions(weights, mentions))
 
 
-def _asked(parts: Sequence[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies of ``[m, classes]`` parts against the columns of ``targets [m, parts]``."""
-    losses = [
-        F.cross_entropy(part, target, ignore_index=IGNORED)
-        for part, target in zip(parts, targets.unbind(1), strict=True)
-        if (target != IGNORED).any()
-    ]
-    return torch.stack(losses).sum() if losses else parts[0].sum() * 0
+def _of_mentions(weights: torch.Tensor, mentions: Sequence[Mention]) -> torch.Tensor:
+    return torch.stack([weights[one.clip, one.turn] for one in mentions])
+
+
+def _asked(parts: Sequence[torch.Tensor], targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum of the weighted cross-entropies of ``[m, classes]`` parts against the columns of ``targets [m, parts]``."""
+    total = parts[0].sum() * 0
+    for part, target in zip(parts, targets.unbind(1), strict=True):
+        each = F.cross_entropy(part, target, ignore_index=IGNORED, reduction="none")
+        total = total + (each * weights).sum() / (weights * (target != IGNORED)).sum().clamp(min=1)
+    return total
 
 
 def _relations(scene: Scene, mention: Mention) -> list[int]:

@@ -43,9 +43,9 @@ def optimisers(modules: Iterable[nn.Module], muon: float, adam: float) -> dict[s
 
 
 def set_rate(optimisers: dict[str, torch.optim.Optimizer], step: int, steps: int, warm_up: int = 100) -> float:
-    """Linear warm-up, constant, and a cosine fall over the last 40 % of the steps; returns the factor used."""
+    """Linear warm-up, constant, and a cosine fall over the second half of the steps; returns the factor used."""
     factor = min(1.0, (step + 1) / warm_up)
-    begin = 0.6 * steps
+    begin = 0.5 * steps
     if step > begin:
         factor *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - begin) / (steps - begin))))
     for optimiser in optimisers.values():
