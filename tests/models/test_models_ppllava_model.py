@@ -440,6 +440,15 @@ class TestTraining:
         torch.testing.assert_close(grads[0], grads[1])
 
 
+def test_published_size_without_weights() -> None:
+    """Vicuna 7B, CLIP L/14 and the temporal branch, built on no device: 7.3 billion parameters in their places."""
+    with torch.device("meta"):
+        model = PPLlavaForConditionalGeneration(PPLlavaConfig(bt_adapter_depth=4))
+    assert 7.0e9 < sum(value.numel() for value in model.parameters()) < 7.6e9
+    assert tuple(model.model.prompt_alignment.clip_text_model.embeddings.weight.shape) == (248, 768)
+    assert tuple(model.model.prompt_alignment.clip_visual_projection.weight.shape) == (768, 1024)
+
+
 def test_configuration_errors() -> None:
     with pytest.raises(HostError, match="'bert'"):
         PPLlavaConfig(prompt_config={"model_type": "bert"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from tokensieve.errors import VideoError
 from tokensieve.train import Collator, DataSource, RecordDataset, Sample, TrainConfig, Turn, read_config, read_records
 from tokensieve.train.check import load_samples
 from tokensieve.train.config import TrainingError
-from tokensieve.train.frames import central_indices, random_indices, read_frames
+from tokensieve.train.frames import central_indices, frames_at, random_indices, read_frames, video_facts
 from tokensieve.train.records import parse_record
 
+VIDEOS = Path(os.environ.get("TOKENSIEVE_DATA_DIR") or Path(__file__).parents[3] / "shared" / "data") / "videos"
 RECIPES = Path(__file__).parents[2] / "tokensieve" / "train" / "recipes"
 
 
@@ -217,6 +219,18 @@ class TestFrames:
         found = read_frames(tmp_path / "a.mp4", 4)[:, 0, 0, 0] / 8
         assert np.abs(found - wanted).max() < 0.6
         assert read_frames(tmp_path / "a.mp4", 40).shape[0] == 40
+
+    @pytest.mark.parametrize("name", ["seagulls_mpeg4.avi", "cartoon_pigs.gif", "flipping_a_pancake.mkv"])
+    def test_real_files(self, name: str) -> None:
+        """Random frames of real containers lie inside of their segments."""
+        if not (VIDEOS / name).is_file():
+            pytest.skip(f"the real clips are not at {VIDEOS}; set TOKENSIEVE_DATA_DIR")
+        total, rate = video_facts(VIDEOS / name)
+        assert total > 20 and rate > 5
+        frames = read_frames(VIDEOS / name, 4, np.random.default_rng(0))
+        assert frames.shape[0] == 4 and frames.dtype == np.uint8
+        wanted = random_indices(total, 4, np.random.default_rng(0))
+        assert np.array_equal(frames[2:3], frames_at(VIDEOS / name, wanted[2:3]))
 
 
 class TestDataset:

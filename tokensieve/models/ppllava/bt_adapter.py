@@ -82,7 +82,8 @@ class VisionTransformer(nn.Module):
         self.btadapter_time_embed = nn.Embedding(max_frames, width)
         self.btadapter_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         nn.init.zeros_(self.btadapter_time_embed.weight)
-        self.drop_path = torch.linspace(0, DROP_PATH, depth).tolist()
+        # Plain numbers: a tensor would hold no values while the model is built without weights.
+        self.drop_path = [DROP_PATH * number / max(1, depth - 1) for number in range(depth)]
 
     def forward(self, pixel_values: Tensor, sizes: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """Run the frames ``[F, 3, S, S]`` of all clips, which have ``sizes`` frames.
