@@ -33,7 +33,7 @@ from tokensieve.core.plan import Plan, keep_all
 from tokensieve.core.registry import list_methods, resolve
 from tokensieve.core.sample import DecoderSample, FrameSample, HostFacts, PromptSample, TokenSample
 from tokensieve.core.signals import SIGNALS
-from tokensieve.errors import TokensieveError
+from tokensieve.errors import MethodError, TokensieveError
 from tokensieve.measure.flops import DecoderGeometry, decoder_work, layer_tokens
 from tokensieve.measure.text import in_flops, in_percent, in_seconds
 from tokensieve.ops.attention import received_attention
@@ -150,6 +150,8 @@ class Decision:
     def run(self) -> float:
         """Seconds of every stage of the method together."""
         method, case = self.method, self.case
+        if "encoder" in method.stages:
+            raise MethodError("it decides while the vision tower runs, which this benchmark does not do")
         self.seconds, total = 0.0, case.layout.patches
         entered, cuts, plan = total, {}, keep_all(total)
         if "frames" in method.stages:
