@@ -72,7 +72,7 @@ def sight_loss(
     read
         Output of the head ``[B, M, S]``.
     words, motion, fates
-        Targets ``[B, F, 36, W]``, ``[B, F, 36]`` and ``[B, F, 36, 2]``, see
+        Targets ``[B, F, 36, W]``, ``[B, F, 36]`` and ``[B, F, 36, 3]``, see
         :func:`~tokensieve.world.training.labels.clip_targets`.
     idx
         Positions ``[B, M]`` of the tokens among all of the clip, or None for all; without some tokens the past is not
@@ -90,9 +90,9 @@ def sight_loss(
         before = words[:, :-1].flatten(1, 2).float()
         each = F.binary_cross_entropy_with_logits(past[:, cells:], before, reduction="sum")
         loss = loss + 0.3 * each / before.sum().clamp(min=1)
-        rare = torch.tensor([20.0, 60.0])
+        rare = torch.tensor([20.0, 60.0, 60.0])
         happened = fates[:, 1:].flatten(0, 2).float()
-        loss = loss + F.binary_cross_entropy_with_logits(fate[:, cells:].flatten(0, 1), happened, pos_weight=rare)
+        loss = loss + 3 * F.binary_cross_entropy_with_logits(fate[:, cells:].flatten(0, 1), happened, pos_weight=rare)
     return loss
 
 

@@ -89,7 +89,7 @@ def _mark(
     patches[near] = phrase
 
 
-FATES = ("new", "flashed")
+FATES = ("new", "flashed", "recoloured")
 """What else a visual token is asked about its cell."""
 
 
@@ -100,8 +100,9 @@ def clip_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     -------
     tuple of numpy.ndarray
         Words ``uint8 [F, 36, len(CELL_WORDS)]``; motion ``int64 [F, 36]``: 0 for none, otherwise one more than the
-        index into ``DIRECTIONS`` of the object that has come to this cell; fates ``uint8 [F, 36, 2]``: whether an
-        object is in this cell that no frame before showed, and whether one was for only the frame before.
+        index into ``DIRECTIONS`` of the object that has come to this cell; fates ``uint8 [F, 36, 3]``: whether an
+        object is in this cell that no frame before showed, whether one was for only the frame before, and whether one
+        has just changed its colour.
     """
     rng = np.random.default_rng(0)
     words = np.stack([label(scene, frame, rng).words for frame in range(scene.frames)]).astype(np.uint8)
@@ -112,6 +113,8 @@ def clip_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         fates[thing.first, _cell(thing.centre(thing.first)), 0] = 1
         if thing.stop == thing.first + 1 < scene.frames:
             fates[thing.stop, _cell(thing.centre(thing.first)), 1] = 1
+        if thing.changed:
+            fates[thing.changes_at, _cell(thing.centre(thing.changes_at)), 2] = 1
         if across or down:
             direction = 1 + ((0 if across < 0 else 1) if across else (2 if down < 0 else 3))
             for frame in range(max(1, thing.first), thing.stop):
