@@ -16,6 +16,7 @@ import pytest
 from bridge_media import write_video
 
 from tokensieve.bridges.ray_batch import BatchSettings, Item, Journal, Workers, pipeline, run_batch
+from tokensieve.hosts import tiny
 
 ray = pytest.importorskip("ray", reason="needs pip install 'tokensieve[batch]'")
 parquet = pytest.importorskip("pyarrow.parquet", reason="needs pip install 'tokensieve[batch]'")
@@ -80,6 +81,7 @@ def clips(tmp_path: Path) -> Path:
 
 def start(clips: Path, output: Path, log: Path) -> subprocess.Popen[bytes]:
     words = [str(clips), "-q", "What moves?", "-o", str(output), "--frames", "4", "--max-new-tokens", "150"]
+    words += ["--model", str(tiny.cached("llava_onevision"))]
     return subprocess.Popen(
         [sys.executable, "-m", "tokensieve.cli", "batch", *words, "--no-progress"],
         stdout=log.open("wb"),
