@@ -18,6 +18,7 @@ from tokensieve.errors import HostError
 from tokensieve.hosts.registry import host_for_type
 
 __all__ = [
+    "BUNDLED",
     "DTYPES",
     "brief_error",
     "check_weight_files",
@@ -40,6 +41,9 @@ DTYPES: Mapping[str, str] = {
 }
 """Accepted names of weight types, and what transformers calls them."""
 
+BUNDLED = "bundled"
+"""Short name of the trained model that ships with the package."""
+
 _LARGEST_JSON = 64 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _KERNEL_NAME = re.compile(r"[a-z0-9_]+")
@@ -58,7 +62,8 @@ def load_model(
     Parameters
     ----------
     name : str or Path
-        Folder of a checkpoint, or a name on the Hugging Face hub such as ``"Qwen/Qwen2.5-VL-7B-Instruct"``.
+        Folder of a checkpoint, a name on the Hugging Face hub such as ``"Qwen/Qwen2.5-VL-7B-Instruct"``, or
+        ``"bundled"`` for the small trained model that ships with the package.
     dtype : str
         Type of the weights, a key of `DTYPES`; ``"auto"`` takes what the checkpoint states.
     device : str
@@ -88,7 +93,7 @@ def load_model(
         )
     target = _device_of(device)
     config = read_config(name, trust_remote_code)
-    folder = Path(name).expanduser()
+    folder = _folder(name)
     if folder.is_dir():
         check_weight_files(folder)
     processor = _load_processor(name, trust_remote_code)
@@ -114,11 +119,11 @@ def read_config(name: str | Path, trust_remote_code: bool = False) -> Any:
         If there is no such model or its type is not supported.
     """
     kind = model_type_of(name)
+    _register_own_classes(kind)
     try:
         host_for_type(kind)
     except HostError as error:
         raise HostError(f"{name} cannot be used: {_lower_first(str(error))}") from None
-    _register_own_classes(kind)
     from transformers import AutoConfig
 
     try:
@@ -215,15 +220,24 @@ def _device_of(device: str) -> torch.device:
     return target
 
 
+def _folder(name: str | Path) -> Path:
+    """The folder a name would be, with the bundled model by its short name."""
+    if name == BUNDLED:
+        from tokensieve.world.bundled import bundled
+
+        return bundled("video-llm")
+    return Path(name).expanduser()
+
+
 def _location(name: str | Path) -> str:
     """What the Auto classes take: an expanded folder, or the hub name itself."""
-    folder = Path(name).expanduser()
+    folder = _folder(name)
     return str(folder) if folder.is_dir() else str(name)
 
 
 def _config_file(name: str | Path) -> Path:
     """The ``config.json`` of a folder or of a hub repository (fetched, or from the hub cache)."""
-    folder = Path(name).expanduser()
+    folder = _folder(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise HostError(f"The folder {name} has no config.json, so it is no Hugging Face model.")
@@ -363,6 +377,12 @@ def _register_own_classes(kind: str) -> None:
         from tokensieve.models import llava_video
 
         llava_video.register()
+    if kind == "ppllava":
+        from tokensieve.models import ppllava
+        from tokensieve.models.ppllava.host import register_host
+
+        ppllava.register()
+        register_host()
 
 
 def library_errors() -> tuple[type[Exception], ...]:

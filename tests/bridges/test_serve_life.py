@@ -293,9 +293,9 @@ def process(tmp_path: Path) -> Any:
     )
     assert running.stderr is not None
     try:
-        assert "random weights" in running.stderr.readline()
+        assert "the bundled model answers" in running.stderr.readline()
         line = running.stderr.readline()
-        assert "note: serving tiny-random-llava-onevision at http://127.0.0.1:" in line
+        assert "note: serving bundled at http://127.0.0.1:" in line
         yield running, line.partition("http://")[2].partition("/v1")[0], scratch
     finally:
         running.kill()

@@ -27,11 +27,16 @@ def test_the_answer_is_all_that_goes_to_standard_output(cli: Any, video: Path, m
     assert "100 visual tokens -> " in result.stderr and "first token after" in result.stderr
 
 
-def test_without_a_model_it_says_that_weights_are_random(cli: Any, video: Path) -> None:
+def test_without_a_model_the_bundled_one_answers_and_says_what_it_knows(cli: Any, video: Path) -> None:
     result = cli("ask", video, "What moves?", *SHORT)
     assert result.exit_code == 0, result.output
-    assert "note: no --model was given" in result.stderr
-    assert "random weights" in result.stderr and "means nothing" in result.stderr
+    assert "note: no --model was given, so the bundled model answers" in result.stderr
+    assert "knows only the clips of 'tokensieve world'" in result.stderr
+
+
+def test_random_weights_are_named(cli: Any, video: Path, model: Path) -> None:
+    result = cli("ask", video, "What moves?", "--model", model, *SHORT)
+    assert "this model has random weights: its answer means nothing" in result.stderr
 
 
 def test_json_holds_counts_and_measurements(cli: Any, video: Path, model: Path) -> None:

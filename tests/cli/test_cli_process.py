@@ -87,12 +87,12 @@ def test_bugs_exit_with_1_and_hide_the_traceback(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for child processes")
 @pytest.mark.parametrize("words", [("ask", "{video}", "What?"), ("view", "{video}", "-o", "report.html")])
-def test_interrupt_leaves_nothing(tmp_path: Path, video: Path, words: tuple[str, ...]) -> None:
+def test_interrupt_leaves_nothing(tmp_path: Path, video: Path, model: Path, words: tuple[str, ...]) -> None:
     work, scratch = tmp_path / "work", tmp_path / "scratch"
     work.mkdir()
     scratch.mkdir()
     process = subprocess.Popen(
-        [*COMMAND, *(word.format(video=video) for word in words), "--max-new-tokens", "30000"],
+        [*COMMAND, *(word.format(video=video) for word in words), "--model", str(model), "--max-new-tokens", "30000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -82,7 +82,8 @@ def test_bad_output(refused: Callable[..., str], video: Path, tmp_path: Path) ->
 def test_demo(cli: Any, tmp_path: Path) -> None:
     result = cli("demo", "-o", tmp_path / "shown", "--no-progress")
     assert result.exit_code == 0, result.output
-    assert "full model" in result.stdout and "random weights" in result.stderr
+    assert "full model" in result.stdout and "true answer" in result.stdout
+    assert "knows nothing else" in result.stderr
     assert sorted(path.name for path in (tmp_path / "shown").iterdir()) == ["report.html", "report.png"]
 
 

@@ -10,14 +10,27 @@ import torch
 import tokensieve
 from tokensieve.core.layout import Layout
 from tokensieve.core.sample import HostFacts, TokenSample
+from tokensieve.core.signals import SIGNALS
 
 FRAMES, SIDE, WIDTH = 6, 8, 64
 WITH_TOKENS = [
     name
     for name in tokensieve.list_methods()
-    if "tokens" in tokensieve.method_class(name).stages and not tokensieve.method_class(name).needs_file
+    if "tokens" in tokensieve.method_class(name).stages
+    # Those inside the tower have decided before; what they hand on is tested with a tower.
+    and "encoder" not in tokensieve.method_class(name).stages
+    and not tokensieve.method_class(name).needs_file
 ]
 FACTS = HostFacts("llava", 28, 24, 22, True)
+
+
+SIZES = {"n": FRAMES * SIDE * SIDE, "F": FRAMES, "B": FRAMES, "D": WIDTH, "C": WIDTH, "P": WIDTH, "M": 3, "T": 5, "H": 4, "d": 16}
+
+
+def _signal(request: str, generator: torch.Generator) -> torch.Tensor:
+    """Random values of the shape that the catalogue declares."""
+    axes = [axis.strip() for axis in SIGNALS[request.partition("@")[0]].shape.strip("[]").split(",")]
+    return torch.rand([int(axis) if axis.isdigit() else SIZES[axis] for axis in axes if axis], generator=generator)
 
 
 def _sample(method: Any, dtype: torch.dtype) -> TokenSample:
@@ -26,12 +39,9 @@ def _sample(method: Any, dtype: torch.dtype) -> TokenSample:
     scenes = torch.randn(3, SIDE * SIDE, WIDTH, generator=generator)
     drift = torch.randn(FRAMES, SIDE * SIDE, WIDTH, generator=generator) * 0.15
     features = (scenes.repeat_interleave(2, dim=0) + drift).bfloat16().flatten(0, 1)
-    signals = {}
-    for request in method.signals(FACTS):
-        width = (16,) if "key" in request else ()
-        signals[request] = torch.rand(FRAMES * SIDE * SIDE, *width, generator=generator)
+    signals = {request: _signal(request, generator) for request in method.signals(FACTS)}
     layout = Layout.regular("video", FRAMES, SIDE, SIDE)
-    return TokenSample(features.to(dtype), layout, signals, FACTS)
+    return TokenSample(features.to(dtype), layout, signals, FACTS, project=lambda states: states)
 
 
 @pytest.mark.parametrize("name", WITH_TOKENS)
@@ -43,4 +53,4 @@ def test_same_values_same_selection(name: str) -> None:
     assert torch.equal(wide.keep.cpu(), half.keep.cpu())
     if half.features is not None and wide.features is not None:
         assert half.features.dtype == torch.bfloat16
-        assert torch.allclose(half.features.float(), wide.features, atol=0.05)
+        assert torch.allclose(half.features.float(), wide.features, atol=0.05, rtol=0.01)

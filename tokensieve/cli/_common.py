@@ -174,18 +174,20 @@ def read_frames(video: str, frames: int, fps: float | None, start: float | None,
 def open_model(
     name: str | None, dtype: str, device: str, attn: str | None, trust_remote_code: bool, show: bool
 ) -> Loaded:
-    """Load a model, or the tiny one of random weights when none is named (and say so)."""
-    from tokensieve.load import load_model, random_weight_model
+    """Load a model, or the bundled one when none is named (and say so)."""
+    from tokensieve.load import BUNDLED, load_model
 
     with step("loading the model", show):
-        folder: str | Path = random_weight_model() if name is None else name
-        model, processor = load_model(folder, dtype, device, attn, trust_remote_code)
-    random_weights = name is None or (Path(folder).expanduser() / "tiny.json").is_file()
+        model, processor = load_model(name or BUNDLED, dtype, device, attn, trust_remote_code)
+    random_weights = name is not None and (Path(name).expanduser() / "tiny.json").is_file()
     if name is None:
-        note("no --model was given, so a tiny LLaVA-OneVision of random weights runs: its answer means nothing.")
+        note(
+            "no --model was given, so the bundled model answers; it knows only the clips of 'tokensieve world', "
+            "and what it says about others means nothing."
+        )
     elif random_weights:
         note("this model has random weights: its answer means nothing.")
-    return Loaded(model, processor, name or "tiny-random-llava-onevision", random_weights)
+    return Loaded(model, processor, name or BUNDLED, random_weights)
 
 
 def make_prompt(loaded: Loaded, clip: Clip, question: str, methods: Sequence[Method]) -> Prompt:

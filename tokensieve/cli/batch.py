@@ -103,10 +103,10 @@ def batch(
 def _model_folder(model: str | None) -> str:
     """What the workers load: absolute where it is a folder."""
     if model is None:
-        from tokensieve.load import random_weight_model
+        from tokensieve.world.bundled import bundled
 
-        note("no --model was given, so a tiny LLaVA-OneVision of random weights runs: its answers mean nothing.")
-        return str(random_weight_model())
+        note("no --model was given, so the bundled model answers; it knows only the clips of 'tokensieve world'.")
+        return str(bundled())
     folder = Path(model).expanduser()
     return str(folder.resolve()) if folder.is_dir() else model
 

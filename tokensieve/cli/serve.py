@@ -21,7 +21,7 @@ def serve(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Folder of a model or its name on the hub; a tiny random one without it.", show_default=False
+            help="Folder of a model or its name on the hub; the bundled one without it.", show_default=False
         ),
     ] = None,
     method: options.MethodName = "vidcom2",
@@ -95,7 +95,7 @@ def serve(
         root=media_root,
     )
     settings = ServerSettings(
-        model_name=name or model or "tiny-random-llava-onevision",
+        model_name=name or model or "bundled",
         method=method,
         retention=retention,
         allowed_methods=tuple(allow_method or ()),

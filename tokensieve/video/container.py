@@ -147,7 +147,9 @@ def candidate_streams(container: Any, label: str, wanted: int | None) -> list[in
         return [int(wanted)]
 
     def rank(stream: Any) -> tuple[bool, bool, bool]:
-        flags = int(getattr(stream, "disposition", _DEFAULT))
+        # An enumeration that is an integer from PyAV 16 on, and only holds one before.
+        disposition = getattr(stream, "disposition", _DEFAULT)
+        flags = int(getattr(disposition, "value", disposition))
         cover = bool(flags & _ATTACHED_PICTURE)
         if not hasattr(stream, "disposition"):
             cover = stream.codec_context.name in _STILL_CODECS and container.format.name != "gif"
