@@ -1,8 +1,9 @@
 """Second stage: the language model learns to answer, on a frozen eye.
 
 Most turns see the video and themselves only, so that every question is answered from the frames; in every sixth step
-the turns of a clip form one conversation. Clips grow from 4 to 32 frames. In half of the steps random visual tokens or
-frames are missing, as the large models that compression is made for have seen clips of every length and resolution.
+the turns of a clip form one conversation. Clips grow from 4 to 32 frames. In about a third of the steps random visual
+tokens or frames are missing, as the large models that compression is made for have seen clips of every length and
+resolution.
 """
 
 from __future__ import annotations
@@ -68,13 +69,13 @@ VISITS = 2
 
 
 def curriculum(scale: float = 1.0) -> tuple[Phase, ...]:
-    """The phases of the published model; ``scale`` shortens all of them for a trial."""
+    """The phases of the whole training; ``scale`` shortens all of them for a trial."""
     plan = (
-        Phase(192, 4, 24, 16, 0.1),
+        Phase(480, 4, 24, 16, 0.1),
         Phase(240, 8, 16, 20, 0.3),
-        Phase(1008, 16, 10, 20, 0.5),
-        Phase(48, 32, 5, 20, 0.6),
-        Phase(144, 16, 12, 20, 0.5),
+        Phase(1008, 16, 10, 20, 0.35),
+        Phase(48, 32, 5, 20, 0.5),
+        Phase(96, 16, 12, 20, 0.4),
     )
     return tuple(replace(phase, steps=_whole_blocks(phase.steps * scale)) for phase in plan)
 
