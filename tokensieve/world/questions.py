@@ -59,15 +59,6 @@ def questions(scene: Scene, families: tuple[str, ...] = FAMILIES) -> dict[str, l
     return {family: made[family] for family in families}
 
 
-def draw_questions(scene: Scene, number: int, rng: np.random.Generator, weights: dict[str, float]) -> list[Question]:
-    """Draw questions with replacement: first the family by its weight, then one of its questions."""
-    pool = {family: found for family, found in questions(scene).items() if found and weights.get(family, 0) > 0}
-    names = list(pool)
-    share = np.array([weights[name] for name in names])
-    picks = rng.choice(len(names), number, p=share / share.sum())
-    return [pool[names[i]][int(rng.integers(len(pool[names[i]])))] for i in picks]
-
-
 def _attributes(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     shapes = [thing.shape for thing in scene.things]
     colours = [c for thing in scene.things for c in {thing.colour, thing.later_colour}]

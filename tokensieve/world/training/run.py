@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from tokensieve.world.models import clip_processor, video_llm, video_processor
-from tokensieve.world.training.answerer import Phase, build_answerer, curriculum, train_answerer
+from tokensieve.world.training.answerer import build_answerer, curriculum, train_answerer
 from tokensieve.world.training.state import Checkpoint
 from tokensieve.world.training.tower import build, train_tower
 
@@ -75,8 +74,3 @@ def export(folder: Path, target: Path, seed: int = 0) -> None:
     model.generation_config.pad_token_id = model.config.text_config.pad_token_id
     model.to(torch.bfloat16).save_pretrained(target / VIDEO_LLM)
     video_processor().save_pretrained(target / VIDEO_LLM)
-
-
-def plan(phases: tuple[Phase, ...]) -> str:
-    """The curriculum in one line of JSON, for model cards."""
-    return json.dumps([vars(phase) for phase in phases])
