@@ -8,7 +8,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test lint format types docs bench bench-gpu test-gpu clean
+.PHONY: install demo test lint format types docs bench bench-gpu test-ray test-gpu clean
 
 install: $(STAMP)
 
@@ -44,6 +44,9 @@ bench: install
 
 bench-gpu:
 	$(BIN)/python -m benchmarks.gpu
+
+test-ray: install
+	TOKENSIEVE_RAY_TESTS=1 $(BIN)/python -m pytest tests/bridges/test_batch_ray.py -q
 
 test-gpu:
 	$(BIN)/python -m pytest tests/gpu -q -m gpu

@@ -21,7 +21,13 @@ from tokensieve.hosts import tiny
 ray = pytest.importorskip("ray", reason="needs pip install 'tokensieve[batch]'")
 parquet = pytest.importorskip("pyarrow.parquet", reason="needs pip install 'tokensieve[batch]'")
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not os.environ.get("TOKENSIEVE_RAY_TESTS"),
+        reason="starts and kills Ray several times, which takes minutes where cores are few; run `make test-ray`",
+    ),
+]
 CLIPS = 24
 
 
