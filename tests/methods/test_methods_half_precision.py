@@ -24,7 +24,18 @@ WITH_TOKENS = [
 FACTS = HostFacts("llava", 28, 24, 22, True)
 
 
-SIZES = {"n": FRAMES * SIDE * SIDE, "F": FRAMES, "B": FRAMES, "D": WIDTH, "C": WIDTH, "P": WIDTH, "M": 3, "T": 5, "H": 4, "d": 16}
+SIZES = {
+    "n": FRAMES * SIDE * SIDE,
+    "F": FRAMES,
+    "B": FRAMES,
+    "D": WIDTH,
+    "C": WIDTH,
+    "P": WIDTH,
+    "M": 3,
+    "T": 5,
+    "H": 4,
+    "d": 16,
+}
 
 
 def _signal(request: str, generator: torch.Generator) -> torch.Tensor:
