@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokensieve.core.cache import cache_of
 from tokensieve.core.compactor import (
     Compaction,
     Placement,
@@ -263,7 +264,7 @@ class DecoderStage:
         memory = prompt.memory.get((number, row), {})
         if visual.numel() == 0 or not method.acts(cut, memory):
             return None
-        tables, cache = kwargs["position_embeddings"], kwargs.get("past_key_values")
+        tables, cache = kwargs["position_embeddings"], cache_of(kwargs)
         signals = self.signals.read(cut, row, hidden, tables, cache)
         sample = decoder_sample(prompt, row, cut, number, method, hidden, visual, signals, self.facts)
         plan = method.plan_decoder(sample).checked(visual.numel(), method.name, method.may_be_empty)
@@ -273,7 +274,7 @@ class DecoderStage:
 
     def _evict(self, cut: Cut, dropped: list[Tensor], kwargs: dict[str, Any]) -> None:
         """Take tokens out of the caches of all layers that have run."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if cache is None:
             return
         firsts = [first for first in sorted(self.spans) if first < cut.first]
@@ -325,7 +326,7 @@ class DecoderStage:
                 offset = self._earlier_offset(layer)
                 tables = shifted_tables(self.text_model, prompt.positions, 0 if offset is None else offset, hidden)
         self._open_span(layer)
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         swap = {
             "attention_mask": causal_mask(self.config, hidden, self.spans[layer].real, cache, layer),
             "position_embeddings": tables,
@@ -340,7 +341,7 @@ class DecoderStage:
         """A layer whose cache was cut by an earlier turn but is not cut in this one."""
         assert self.prompt is not None
         self._open_span(layer)
-        span, cache = self.spans[layer], kwargs.get("past_key_values")
+        span, cache = self.spans[layer], cache_of(kwargs)
         self._swap["attention_mask"] = causal_mask(self.config, hidden, span.real, cache, layer)
         offset = self._earlier_offset(layer)
         if offset is not None and self.prompt.positions is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokensieve.core.cache import cache_of
 from tokensieve.core.cuts import Cut
 from tokensieve.core.layer_attention import LayerAttention, Tables, project, row_tables
 from tokensieve.hosts.base import Host
@@ -150,7 +151,7 @@ class DecoderSignals:
             if not any(view is not None for view in views):
                 return
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            tables, cache = kwargs["position_embeddings"], kwargs.get("past_key_values")
+            tables, cache = kwargs["position_embeddings"], cache_of(kwargs)
             with torch.no_grad(), self.clock("compress"):
                 found = self._found.setdefault(cut, [{} for _ in views])
                 for row, view in enumerate(views):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokensieve.core.cache import cache_of
 from tokensieve.core.layer_attention import cached_keys, project, unreadable_cache
 from tokensieve.core.ledger import Ledger
 from tokensieve.core.masks import causal_mask, on_device, shifted_tables
@@ -117,7 +118,7 @@ class DecodingStage:
         if first == 0 and span.offset is None and not hides:
             return True
         if self._built_for != (first, hides):
-            cache = kwargs["past_key_values"]
+            cache = cache_of(kwargs)
             physical = int(cache.layers[index].get_seq_length()) + hidden.shape[1]
             mask = span.mask(physical, given)
             if hides:
@@ -162,7 +163,7 @@ class DecodingStage:
         self, ledger: Ledger, module: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention of the token being decoded [B, K], mean over heads, padding mask and visual numbers [B, K]."""
-        cache, index = kwargs["past_key_values"], self.first - 1
+        cache, index = cache_of(kwargs), self.first - 1
         physical = int(cache.layers[index].get_seq_length())
         span = ledger.span(index)
         mask, numbers = span.mask(physical, self._given), span.numbers(physical)

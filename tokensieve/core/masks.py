@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokensieve.core.cache import name_of_cache
+
 
 class _Past:
     """The part of the cache interface that mask creation reads, for a known number of cached tokens."""
@@ -37,13 +39,14 @@ def causal_mask(config: Any, hidden: Tensor, real: Tensor, cache: Any = None, la
     """
     from transformers.masking_utils import create_causal_mask
 
-    past = real.shape[1] - hidden.shape[1]
+    past = _Past(real.shape[1] - hidden.shape[1], _buffer_width(cache, layer))
+    arguments: dict[str, Any] = {name_of_cache(create_causal_mask): past}
     return create_causal_mask(
         config=config,
         inputs_embeds=hidden,
         attention_mask=real.to(hidden.device),
-        past_key_values=_Past(past, _buffer_width(cache, layer)),
         position_ids=None,
+        **arguments,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tokensieve.core.cache import cache_of
 from tokensieve.core.compactor import (
     Compaction,
     gather_planes,
@@ -175,7 +176,7 @@ class Run:
             # Somebody calls the language model alone, with token ids: nothing visual can be in there.
             return None
         self.clock.start("prefill" if embeds.shape[1] > 1 else "decode")
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         ledger = Ledger.of(cache)
         self._compaction, self._offset, self._ledger = None, None, ledger
         calls = self._tap.calls(self._arguments.get("mm_encoder_outputs"))
@@ -337,7 +338,7 @@ class Run:
         if self._ledger is not None:
             self._ledger.inside = False
         if self._decoder.prompt is not None and output is not None:
-            cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
+            cache = cache_of(output) or cache_of(kwargs)
             if cache is not None:
                 ledger = self._ledger or Ledger()
                 ledger.spans, ledger.offset, ledger.memory = dict(self._decoder.spans), self._offset, []
