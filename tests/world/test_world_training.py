@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,20 @@ import pytest
 import torch
 
 from tokensieve.world import scene_of
+from tokensieve.world.bundled import WEIGHTS
 from tokensieve.world.draw import draw
-from tokensieve.world.models import clip_pair, tokenizer, video_llm, video_processor
+from tokensieve.world.models import CLIP_PAIR, VIDEO_LLM, clip_pair, tokenizer, video_llm, video_processor
 from tokensieve.world.questions import questions
+from tokensieve.world.scene import practice
 from tokensieve.world.training import answerer as second
 from tokensieve.world.training.answerer import Answerer, Phase, train_answerer
 from tokensieve.world.training.attention import TurnAttention
 from tokensieve.world.training.clips import Eye
 from tokensieve.world.training.labels import CELL_WORDS, PHRASES, clip_targets, label
-from tokensieve.world.training.run import CLIP_PAIR, VIDEO_LLM, export
+from tokensieve.world.training.optimise import Muon
+from tokensieve.world.training.run import export
 from tokensieve.world.training.state import Checkpoint
-from tokensieve.world.training.tower import build, normalised, pooled, train_tower
+from tokensieve.world.training.tower import build, normalised, place_share, pooled, take_over, train_tower
 from tokensieve.world.training.turns import IGNORED, choose, conversation, separate, turn
 
 
@@ -148,6 +152,74 @@ def test_a_killed_second_stage_goes_on_to_the_same_weights_and_exports(tmp_path:
         assert torch.equal(value, llm.model.vision_tower.state_dict()[name]), name
     AutoProcessor.from_pretrained(tmp_path / "models" / CLIP_PAIR)
     AutoProcessor.from_pretrained(tmp_path / "models" / VIDEO_LLM)
+
+
+def test_saved_models_are_trained_further_and_go_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(second, "BLOCK_STEPS", 2)
+    start = WEIGHTS
+    saved, _ = build(0)
+    take_over(saved, start)
+    list(train_tower(tmp_path / "tower", 2, start=start, batch=4))
+    found = _parameters(tmp_path / "tower")
+    same = {name for name, value in saved.state_dict().items() if torch.equal(value, found[name])}
+    assert {name for name in found if name.startswith(("clip.", "embeddings."))} <= same
+    assert not any(name.startswith("projector.") and name.endswith("weight") for name in same)
+
+    phases = (Phase(2, 8, 2, 4, 0.0, focus=True), Phase(2, 8, 2, 4, 1.0))
+    options = {"start": start, "every": 1, "examine_every": 99}
+    whole = list(train_answerer(tmp_path / "whole", tmp_path / "tower", phases, **options))
+    assert whole[0]["loss"] < 3, "the saved language model must be where it starts"
+    killed = train_answerer(tmp_path / "parts", tmp_path / "tower", phases, **options)
+    next(killed)
+    killed.close()
+    again = list(train_answerer(tmp_path / "parts", tmp_path / "tower", phases, **options))
+    assert [record["loss"] for record in again] == [record["loss"] for record in whole[1:]]
+
+
+def test_practice_scenes_compare_more_objects_and_say_what_is_drawn():
+    compared = {index: practice(index, 16).watched for index in range(40)}
+    assert all(len(compared[index]) <= 1 for index in range(1, 40, 2))
+    assert max(map(len, compared.values())) >= 2
+    answers = Counter(
+        question.answer for i in range(0, 400, 2) for question in questions(practice(i, 16))["two-places"]
+    )
+    assert 0.4 < answers["yes"] / answers.total() < 0.6
+    for index in range(0, 40, 2):
+        scene = practice(index, 16)
+        assert all(scene.things[i].later_colour != scene.counted for i in scene.watched)
+        asked = choose(scene, 64, np.random.default_rng(0), focus=True)
+        assert len({question.text for question in asked}) == len(asked)
+        counts = [question for question in asked if question.family == "counting"]
+        assert 1 <= len(counts) <= 3
+
+
+def test_the_share_of_place_in_the_variance_of_tokens():
+    torch.manual_seed(0)
+    content, place = torch.randn(4000, 36, 8), torch.randn(1, 36, 8)
+    place = (place - place.mean(1, keepdim=True)) / place.std(1, keepdim=True, correction=0)
+    assert place_share(content) < 0.001
+    assert place_share(content + place) == pytest.approx(0.5, abs=0.02)
+    assert place_share(content * 0 + place) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_matrices_together_are_updated_as_pytorch_updates_each(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tokensieve.world.training.optimise.fast_dtype", lambda: torch.float32)
+    torch.manual_seed(0)
+    mine = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    theirs = [torch.nn.Parameter(one.detach().clone()) for one in mine]
+    own = Muon(mine, lr=0.01)
+    reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for one, other in zip(mine, theirs, strict=True):
+            one.grad = torch.randn(shape)
+            other.grad = one.grad.clone()
+        own.step()
+        reference.step()
+    step = 0.01 * 0.2 * max(shape) ** 0.5
+    for one, other in zip(mine, theirs, strict=True):
+        # PyTorch rounds to bf16 on the way.
+        torch.testing.assert_close(one, other, atol=0.1 * step, rtol=0)
 
 
 def test_the_second_stage_needs_the_first(tmp_path: Path):

@@ -63,18 +63,28 @@ def train_command(
     scale: Annotated[
         float, typer.Option(help="Factor on the number of steps; 1 is the bundled model's training.")
     ] = 1.0,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with clip-pair/ and video-llm/ to train further; by default from nothing.", show_default=False
+        ),
+    ] = None,
     threads: Threads = None,
 ) -> None:
-    """Train the CLIP pair and the video LLM from nothing; run it again to go on after an interruption."""
+    """Train the CLIP pair and the video LLM; run it again to go on after an interruption."""
     import torch
 
+    from tokensieve.world.models import CLIP_PAIR, VIDEO_LLM
     from tokensieve.world.training.run import train
 
     if scale <= 0:
         raise TokensieveError(f"--scale must be positive, got {scale}.")
     if threads is not None:
         torch.set_num_threads(threads)
-    for stage, record in train(folder, seed, scale):
+    missing = [] if start is None else [name for name in (CLIP_PAIR, VIDEO_LLM) if not (start / name).is_dir()]
+    if missing:
+        raise TokensieveError(f"--start {start} has no folder {missing[0]}; give a folder that holds both models.")
+    for stage, record in train(folder, seed, scale, start):
         facts = ", ".join(f"{name} {value:.3f}" for name, value in record.items() if name not in ("step", "seconds"))
         out.print(Text(f"{stage} step {record['step']:.0f} ({record['seconds']:.0f} s): {facts}"), soft_wrap=True)
     out.print(Text(f"Models are in {folder}."), soft_wrap=True)

@@ -32,6 +32,9 @@ POOLED = GRID // 2
 WIDTH = 192
 SHARED = 128
 
+CLIP_PAIR, VIDEO_LLM = "clip-pair", "video-llm"
+"""Folders of the saved models."""
+
 SPECIAL = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 ROLES = ("user", "assistant", "system")
 

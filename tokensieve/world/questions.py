@@ -89,9 +89,13 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
 
 
 def _counting(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    number = sum(thing.colour == scene.counted for thing in scene.things)
-    text = f"how many {COLOUR_NAMES[scene.counted]} objects are there?"
-    yield Question("counting", text, COUNTS, COUNTS[number])
+    yield count_of(scene, scene.counted)
+
+
+def count_of(scene: Scene, colour: int) -> Question:
+    """How many objects have a colour; balanced over clips for ``scene.counted`` only."""
+    number = sum(thing.colour == colour for thing in scene.things)
+    return Question("counting", f"how many {COLOUR_NAMES[colour]} objects are there?", COUNTS, COUNTS[number])
 
 
 def _motion(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
@@ -151,10 +155,10 @@ def _spatial(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
 
 
 def _two_places(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    if scene.watched >= 0:
-        thing = scene.things[scene.watched]
+    for i in scene.watched:
+        thing = scene.things[i]
         text = f"is the {SHAPES[thing.shape]} the same colour at the start and at the end?"
-        yield Question("two-places", text, ("yes", "no"), "no" if thing.changed else "yes", (scene.watched,))
+        yield Question("two-places", text, ("yes", "no"), "no" if thing.changed else "yes", (i,))
 
 
 _Maker = Callable[[Scene, np.random.Generator], Iterator[Question]]

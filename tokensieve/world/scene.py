@@ -6,8 +6,8 @@ right answer, and so that nothing but the frames tells which (see :mod:`tokensie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -100,7 +100,8 @@ class Scene:
     """A clip before it is drawn.
 
     ``counted`` is the colour whose number of objects is balanced over clips, ``watched`` the index of the object that
-    changes its colour in every second clip (or -1). ``cut`` is the frame at which the background changes (0: never).
+    changes its colour in every second clip (at most one but in :func:`practice`). ``cut`` is the frame at which the
+    background changes (0: never).
     """
 
     seed: tuple[int, ...]
@@ -108,7 +109,7 @@ class Scene:
     things: tuple[Thing, ...]
     signs: tuple[Sign, ...]
     counted: int
-    watched: int
+    watched: tuple[int, ...]
     cut: int
     noise: float
     pan: tuple[float, float] = field(default=(0.0, 0.0))
@@ -149,7 +150,23 @@ def crowd(seed: tuple[int, ...]) -> Scene:
         jitter = 2.0 if rng.random() < 0.5 else 7.0
         things.append(_thing(rng, "still", shape, colour, _at(rng, next(cells), jitter), 0, 1))
     signs = _signs(rng, cells, 1, int(rng.integers(1, 4)))
-    return Scene((9, *seed), 1, tuple(things), signs, 0, -1, 0, float(rng.uniform(2, 9)))
+    return Scene((9, *seed), 1, tuple(things), signs, 0, (), 0, float(rng.uniform(2, 9)))
+
+
+def practice(index: int, frames: int) -> Scene:
+    """A training scene for exercise: every second one lets all objects that can be compared change at random.
+
+    Other scenes have at most one such object; a model that is to learn from few clips needs more.
+    """
+    scene = scene_of("train", index, frames)
+    if index % 2:
+        return scene
+    rng = np.random.default_rng((8, index, frames))
+    things, watched = list(scene.things), _comparable(scene.things, scene.counted)
+    for i in watched[1:]:
+        if rng.random() < 0.5:
+            things[i] = _recoloured(rng, things[i], scene.counted, frames)
+    return replace(scene, things=tuple(things), watched=watched)
 
 
 def _compose(seed: tuple[int, ...], frames: int) -> Scene:
@@ -176,9 +193,9 @@ def _compose(seed: tuple[int, ...], frames: int) -> Scene:
             first = int(rng.integers(frames))
             stop = first + 1
         things.append(_thing(rng, role, shape, colour, _at(rng, next(cells), 2.0), first, stop))
-    watched = _watched(things, counted)
-    if watched >= 0 and rng.random() < 0.5:
-        things[watched] = _recoloured(rng, things[watched], counted, frames)
+    watched = _comparable(things, counted)[:1]
+    if watched and rng.random() < 0.5:
+        things[watched[0]] = _recoloured(rng, things[watched[0]], counted, frames)
     signs = _signs(rng, cells, frames, int(rng.integers(1, 3)))
     cut = int(rng.integers(frames // 4, 3 * frames // 4 + 1)) if rng.random() < 0.3 else 0
     pan = (float(rng.uniform(-1, 1)), float(rng.uniform(-1, 1)))
@@ -212,31 +229,21 @@ def _looks(rng: np.random.Generator, number: int) -> tuple[list[int], list[int],
     return shapes, colours, counted
 
 
-def _watched(things: list[Thing], counted: int) -> int:
-    """The first still object whose shape no other has and whose colour is not the counted one, or -1."""
+def _comparable(things: Sequence[Thing], counted: int) -> tuple[int, ...]:
+    """The still objects whose shape no other has and whose colour is not the counted one."""
     shapes = [thing.shape for thing in things]
-    for i, thing in enumerate(things):
-        if thing.role == "still" and shapes.count(thing.shape) == 1 and thing.colour != counted:
-            return i
-    return -1
+    return tuple(
+        i
+        for i, thing in enumerate(things)
+        if thing.role == "still" and shapes.count(thing.shape) == 1 and thing.colour != counted
+    )
 
 
 def _recoloured(rng: np.random.Generator, thing: Thing, counted: int, frames: int) -> Thing:
     others = [c for c in range(len(COLOUR_NAMES)) if c not in (thing.colour, counted)]
     later = int(rng.choice(others))
     at = int(rng.integers(frames // 4, 3 * frames // 4 + 1))
-    return Thing(
-        thing.role,
-        thing.shape,
-        thing.colour,
-        later,
-        at,
-        thing.start,
-        thing.velocity,
-        thing.first,
-        thing.stop,
-        thing.radius,
-    )
+    return replace(thing, later_colour=later, changes_at=at)
 
 
 def _mover(rng: np.random.Generator, shape: int, colour: int, lane: int, horizontal: bool, frames: int) -> Thing:

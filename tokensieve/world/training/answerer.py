@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from tokensieve.world.models import video_llm
+from tokensieve.world.models import VIDEO_LLM, video_llm
 from tokensieve.world.scene import Scene, scene_of
 from tokensieve.world.training import attention
-from tokensieve.world.training.clips import Blocks, Eye, encode_clips, load_eye
+from tokensieve.world.training.clips import Blocks, Eye, encode_clips, load_eye, training_scenes
 from tokensieve.world.training.grounding import (
     fact_head,
     fact_loss,
@@ -34,6 +34,7 @@ from tokensieve.world.training.grounding import (
     sight_loss,
 )
 from tokensieve.world.training.optimise import optimisers, set_rate
+from tokensieve.world.training.precision import autocast
 from tokensieve.world.training.state import Checkpoint, append_log
 from tokensieve.world.training.turns import IGNORED, Turns, choose, conversation, opening, separate, token_ids
 from tokensieve.world.words import FAMILIES
@@ -49,6 +50,8 @@ class Phase:
     turns: int
     missing: float
     """Share of the steps in which visual tokens are missing."""
+    focus: bool = False
+    """Whether the families that lag behind are exercised."""
 
 
 BLOCK_STEPS = 24
@@ -58,11 +61,15 @@ TALK_EVERY = 6
 """One step in so many trains on conversations."""
 
 WEIGHTS: dict[str, float] = {"counting": 4.0, "order": 3.0, "one-frame": 3.0, "two-places": 4.0}
-"""Families that lag behind, and how much more their answers count."""
+FOCUS_WEIGHTS: dict[str, float] = {"counting": 2.0, "one-frame": 4.0, "two-places": 4.0}
+"""Families that lag behind, and how much more their answers count: from nothing, and in phases with a focus."""
 
 SIGHT_LAYER, SIGHT_WEIGHT = 2, 0.2
 FACT_LAYER, RELATION_LAYER, FACT_WEIGHT = 3, 4, 0.3
 """Layers after which the auxiliary heads read, and the weights of their losses."""
+
+REFINED_RATE = 0.7
+"""Factor on the learning rates where saved models are trained further."""
 
 VISITS = 2
 """How often a clip of a block is used."""
@@ -76,6 +83,17 @@ def curriculum(scale: float = 1.0) -> tuple[Phase, ...]:
         Phase(1008, 16, 10, 20, 0.35),
         Phase(48, 32, 5, 20, 0.5),
         Phase(96, 16, 12, 20, 0.4),
+    )
+    return tuple(replace(phase, steps=_whole_blocks(phase.steps * scale)) for phase in plan)
+
+
+def refinement(scale: float = 1.0) -> tuple[Phase, ...]:
+    """The phases that follow on saved models."""
+    plan = (
+        Phase(216, 8, 20, 14, 0.2, focus=True),
+        Phase(408, 16, 12, 14, 0.3, focus=True),
+        Phase(24, 32, 6, 14, 0.4, focus=True),
+        Phase(72, 16, 12, 16, 0.35),
     )
     return tuple(replace(phase, steps=_whole_blocks(phase.steps * scale)) for phase in plan)
 
@@ -181,6 +199,7 @@ def train_answerer(
     phases: tuple[Phase, ...],
     seed: int = 0,
     *,
+    start: Path | None = None,
     every: int = 48,
     save_every: int = 1,
     examine_every: int = 240,
@@ -195,6 +214,8 @@ def train_answerer(
         The curriculum.
     seed
         Of weights and data; the same as in the first stage.
+    start
+        Folder of saved models to go on from.
     every, save_every, examine_every
         Steps between records of the log, between checkpoints, and between tests on validation clips.
 
@@ -203,8 +224,9 @@ def train_answerer(
     dict
         Loss and accuracy per family since the record before.
     """
-    model, eye = build_answerer(tower_folder, seed)
-    found = optimisers([model], muon=3.5e-3, adam=2e-3)
+    model, eye = build_answerer(tower_folder, seed, start)
+    peak = 1.0 if start is None else REFINED_RATE
+    found = optimisers([model], muon=3.5e-3 * peak, adam=2e-3 * peak)
     checkpoint = Checkpoint(folder)
     done = checkpoint.load({"answerer": model}, found)
     examination, tally, began = Examination(eye), Tally(), time.monotonic()
@@ -213,13 +235,15 @@ def train_answerer(
         for step, phase, batch, first in batches(blocks, phases, done):
             rate = set_rate(found, step, steps)
             rng = np.random.default_rng((5, seed, step))
-            scenes = [scene_of("train", first + i, phase.frames) for i in range(phase.clips)]
+            scenes = training_scenes(first, phase.clips, phase.frames, phase.focus)
             turns = _turns_of(step, phase, scenes, rng)
             visual, idx = thinned(batch["features"], rng, phase.missing)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 logits, aside = model(visual, turns)
             logits, targets = logits.float(), turns.targets[turns.targets != IGNORED]
-            weights = _weights(turns, complete=idx is None)
+            # Where tokens are missing, so is some of the evidence; all families count the same then.
+            of_family = {} if idx is not None else FOCUS_WEIGHTS if phase.focus else WEIGHTS
+            weights = _weights(turns, of_family)
             loss = _loss(logits, targets, turns, weights)
             sight = sight_loss(aside.sights, batch["words"], batch["motion"], batch["fates"], idx)
             fact = fact_loss(aside.facts, turns.mentions, scenes, weights)
@@ -242,16 +266,19 @@ def train_answerer(
 
 
 def _turns_of(step: int, phase: Phase, scenes: list[Scene], rng: np.random.Generator) -> Turns:
-    asked = [choose(scene, phase.turns, rng) for scene in scenes]
+    asked = [choose(scene, phase.turns, rng, phase.focus) for scene in scenes]
     if step % TALK_EVERY == TALK_EVERY - 1:
         return conversation([clip[:8] for clip in asked])
     return separate(asked)
 
 
-def build_answerer(tower_folder: Path, seed: int) -> tuple[Answerer, Eye]:
-    """The untrained language model with the word embeddings of the first stage, and the eye."""
+def build_answerer(tower_folder: Path, seed: int, start: Path | None = None) -> tuple[Answerer, Eye]:
+    """The language model, untrained but for the word embeddings of the first stage or as saved, and the eye."""
     eye, embeddings = load_eye(tower_folder, seed)
     torch.manual_seed(seed + 1)
+    if start is not None:
+        saved = LlavaOnevisionForConditionalGeneration.from_pretrained(start / VIDEO_LLM, dtype=torch.float32)
+        return Answerer(saved), eye
     llm = video_llm()
     with torch.no_grad():
         llm.get_input_embeddings().weight.copy_(embeddings)
@@ -271,10 +298,10 @@ def batches(
         if begin + BLOCK_STEPS <= done:
             continue
         number = phase.clips * BLOCK_STEPS // VISITS
-        block = blocks.take(first, number, phase.frames)
+        block = blocks.take(first, number, phase.frames, phase.focus)
         if i + 1 < len(plan):
             _, after, start = plan[i + 1]
-            blocks.request(start, after.clips * BLOCK_STEPS // VISITS, after.frames)
+            blocks.request(start, after.clips * BLOCK_STEPS // VISITS, after.frames, after.focus)
         for j in range(BLOCK_STEPS):
             if begin + j < done:
                 continue
@@ -293,9 +320,9 @@ def _plan(phases: tuple[Phase, ...]) -> list[tuple[int, Phase, int]]:
     return found
 
 
-def _weights(turns: Turns, complete: bool) -> torch.Tensor:
-    """How much each turn counts, ``[B, K]``; all the same where tokens are missing, and with them some evidence."""
-    return torch.tensor([[WEIGHTS.get(name, 1.0) if complete else 1.0 for name in names] for names in turns.families])
+def _weights(turns: Turns, of_family: dict[str, float]) -> torch.Tensor:
+    """How much each turn counts, ``[B, K]``: 1 for families that are not named."""
+    return torch.tensor([[of_family.get(name, 1.0) for name in names] for names in turns.families])
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor, turns: Turns, weights: torch.Tensor) -> torch.Tensor:
@@ -346,14 +373,15 @@ class Examination:
     def __call__(self, model: Answerer, frames: int) -> dict[str, float]:
         """Accuracy per family."""
         if frames not in self.cache:
-            self.cache = {frames: encode_clips(self.eye, "validation", 0, self.clips, frames)}
+            scenes = [scene_of("validation", i, frames) for i in range(self.clips)]
+            self.cache = {frames: encode_clips(self.eye, scenes)}
         tally, rng = Tally(), np.random.default_rng(1)
         for begin in range(0, self.clips, 8):
             features = self.cache[frames][begin : begin + 8]
             asked = [choose(scene_of("validation", begin + i, frames), 64, rng) for i in range(len(features))]
             turns = separate(asked)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 logits = model(features.flatten(1, 2), turns)[0].float()
             targets = turns.targets[turns.targets != IGNORED]
-            tally.add(_loss(logits, targets, turns, _weights(turns, complete=False)), logits, targets, turns)
+            tally.add(_loss(logits, targets, turns, _weights(turns, {})), logits, targets, turns)
         return tally.close()

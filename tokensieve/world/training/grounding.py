@@ -147,7 +147,7 @@ def _relations(scene: Scene, mention: Mention) -> list[int]:
         return [IGNORED] * len(RELATIONS)
     thing = scene.things[mention.thing]
     # Most objects never change; asked about all of them, the head would learn to say so.
-    found = [int(thing.changed) if mention.thing == scene.watched else IGNORED]
+    found = [int(thing.changed) if mention.thing in scene.watched else IGNORED]
     if mention.before < 0:
         return found + [IGNORED] * (len(RELATIONS) - 1)
     other = scene.things[mention.before]

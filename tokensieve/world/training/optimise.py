@@ -3,10 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+
+from tokensieve.world.training.precision import fast_dtype
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made nearly orthogonal before they are applied (Jordan et al., 2024).
+
+    The optimiser of PyTorch does this in bf16, matrix by matrix; on a processor without bf16 it took two thirds of
+    a step. Here matrices of one shape go together, in the precision that is fast.
+
+    Parameters
+    ----------
+    params
+        Matrices ``[m, n]``.
+    lr, weight_decay, momentum
+        Learning rate (of updates whose size is that of AdamW), decoupled weight decay, and Nesterov momentum.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.02, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all matrices that have a gradient."""
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[parameter.shape].append(parameter)
+            for parameters in alike.values():
+                self._update(parameters, group)
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, float]) -> None:
+        directions = []
+        for parameter in parameters:
+            gradient, state = parameter.grad, self.state[parameter]
+            assert gradient is not None
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            directions.append(gradient.lerp(average, group["momentum"]))
+        size = 0.2 * math.sqrt(max(parameters[0].shape))
+        for parameter, update in zip(parameters, orthogonal(torch.stack(directions)), strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.sub_(update.to(parameter.dtype), alpha=group["lr"] * size)
+
+
+def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Matrices ``[B, m, n]`` with all singular values brought near 1 by Newton-Schulz iterations of fifth order."""
+    wide = matrices.to(fast_dtype())
+    tall = wide.shape[1] > wide.shape[2]
+    if tall:
+        wide = wide.mT
+    wide = wide / wide.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
+    return wide.mT if tall else wide
 
 
 def optimisers(modules: Iterable[nn.Module], muon: float, adam: float) -> dict[str, torch.optim.Optimizer]:
@@ -33,9 +94,7 @@ def optimisers(modules: Iterable[nn.Module], muon: float, adam: float) -> dict[s
         "adam": torch.optim.AdamW(others, lr=adam, betas=(0.9, 0.98), weight_decay=0.01)
     }
     if matrices:
-        found["muon"] = torch.optim.Muon(
-            matrices, lr=muon, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        )
+        found["muon"] = Muon(matrices, lr=muon)
     for optimiser in found.values():
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import torch
 
-from tokensieve.world.models import clip_processor, video_llm, video_processor
-from tokensieve.world.training.answerer import build_answerer, curriculum, train_answerer
+from tokensieve.world.models import CLIP_PAIR, VIDEO_LLM, clip_processor, video_llm, video_processor
+from tokensieve.world.training.answerer import build_answerer, curriculum, refinement, train_answerer
 from tokensieve.world.training.state import Checkpoint
 from tokensieve.world.training.tower import build, train_tower
 
 TOWER_STEPS = 900
 
-CLIP_PAIR, VIDEO_LLM = "clip-pair", "video-llm"
+PROJECTOR_STEPS = 200
+"""Steps of the first stage where saved models are trained further."""
 
 
-def train(folder: Path, seed: int = 0, scale: float = 1.0) -> Iterator[tuple[str, dict[str, float]]]:
+def train(
+    folder: Path, seed: int = 0, scale: float = 1.0, start: Path | None = None
+) -> Iterator[tuple[str, dict[str, float]]]:
     """Train both stages and save the models, going on from whatever a killed run left in ``folder``.
 
     Parameters
@@ -28,16 +31,20 @@ def train(folder: Path, seed: int = 0, scale: float = 1.0) -> Iterator[tuple[str
         Of the initial weights and of everything drawn at random.
     scale
         Factor on the number of steps; 1 is the published training.
+    start
+        Folder with saved models ``clip-pair`` and ``video-llm`` to go on from: projector and language model are
+        trained further. None trains everything from nothing.
 
     Yields
     ------
     tuple of str and dict
         Stage, and a record of the log.
     """
-    steps = max(2, round(TOWER_STEPS * scale))
-    for record in train_tower(folder / "tower", steps, seed):
+    steps = max(2, round((TOWER_STEPS if start is None else PROJECTOR_STEPS) * scale))
+    for record in train_tower(folder / "tower", steps, seed, start=start):
         yield "tower", record
-    for record in train_answerer(folder / "answerer", folder / "tower", curriculum(scale), seed):
+    phases = curriculum(scale) if start is None else refinement(scale)
+    for record in train_answerer(folder / "answerer", folder / "tower", phases, seed, start=start):
         yield "answerer", record
     export(folder, folder, seed)
 

@@ -3,7 +3,8 @@
 Three losses share one pass of the image tower: captions against frames (class token, as CLIP), phrases against patches
 (so that the shared space also says *where*), and the words of each pooled token through the projector of the video LLM
 against its word embeddings (so that the LLM starts from visual tokens that resemble words it knows). A small head that
-is dropped afterwards reads row and column from each pooled token, so that the projector does not discard them.
+is dropped afterwards reads row and column from each pooled token, so that the projector does not discard them; a
+penalty keeps them quiet, where they would drown everything else.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPModel, LlavaOnevisionForConditionalGeneration
 
 from tokensieve.world.draw import draw
-from tokensieve.world.models import MEAN, POOLED, STD, WIDTH, clip_pair, tokenizer, video_llm
+from tokensieve.world.models import CLIP_PAIR, MEAN, POOLED, STD, VIDEO_LLM, WIDTH, clip_pair, tokenizer, video_llm
 from tokensieve.world.scene import crowd, scene_of
 from tokensieve.world.training import attention
 from tokensieve.world.training.labels import CELL_WORDS, PHRASES, label, phrase_sentences
 from tokensieve.world.training.optimise import optimisers, set_rate
+from tokensieve.world.training.precision import autocast
 from tokensieve.world.training.state import Checkpoint, append_log
 
 BATCH = 64
+
+PLACE_SHARE, PLACE_WEIGHT = 0.1, 10.0
+"""Share of the variance of visual tokens that row and column may have, and the weight of what lies above."""
 
 
 class Frames(Dataset):
@@ -96,6 +101,8 @@ class TowerStage(nn.Module):
         """Losses and accuracies of one batch."""
         vision = self.clip.vision_model(pixel_values=normalised(batch["frames"]), output_hidden_states=True)
         patches = vision.hidden_states[-2][:, 1:]
+        if not patches.requires_grad:
+            return self._words(patches, batch["words"])
         return {
             **self._words(patches, batch["words"]),
             **self._phrases(patches, batch),
@@ -115,7 +122,7 @@ class TowerStage(nn.Module):
             there = target.sum(-1) == 3
             top = logits[there].topk(3, -1).indices
             right = target[there].gather(-1, top).sum(-1) == 3
-        return {"words": loss, "words_right": right.float().mean(), "places": place}
+        return {"words": loss, "words_right": right.float().mean(), "places": place, "place_share": place_share(tokens)}
 
     def _phrases(self, patches: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         image = self.clip.visual_projection(self.clip.vision_model.post_layernorm(patches))
@@ -149,6 +156,13 @@ def pooled(tokens: torch.Tensor) -> torch.Tensor:
     return grid.mean((2, 4)).flatten(1, 2)
 
 
+def place_share(tokens: torch.Tensor) -> torch.Tensor:
+    """Share of the variance of tokens ``[B, 36, D]`` that the cell alone explains, over many frames."""
+    tokens = tokens.float()
+    middle = tokens.mean((0, 1))
+    return (tokens.mean(0) - middle).square().mean(0).sum() / (tokens - middle).square().mean((0, 1)).sum()
+
+
 def build(seed: int) -> tuple[TowerStage, LlavaOnevisionForConditionalGeneration]:
     """The untrained stage and the video LLM whose projector and embeddings it trains."""
     torch.manual_seed(seed)
@@ -158,8 +172,26 @@ def build(seed: int) -> tuple[TowerStage, LlavaOnevisionForConditionalGeneration
     return TowerStage(clip, llm), llm
 
 
+def take_over(stage: TowerStage, start: Path) -> None:
+    """Load a saved CLIP pair and the projector and embeddings of a saved video LLM; only the projector learns."""
+    clip = CLIPModel.from_pretrained(start / CLIP_PAIR, dtype=torch.float32)
+    llm = LlavaOnevisionForConditionalGeneration.from_pretrained(start / VIDEO_LLM, dtype=torch.float32)
+    stage.clip.load_state_dict(clip.state_dict())
+    stage.projector.load_state_dict(llm.model.multi_modal_projector.state_dict())
+    stage.embeddings.load_state_dict(llm.get_input_embeddings().state_dict())
+    stage.clip.requires_grad_(False)
+    stage.embeddings.requires_grad_(False)
+
+
 def train_tower(
-    folder: Path, steps: int, seed: int = 0, *, batch: int = BATCH, every: int = 100, save_every: int = 1
+    folder: Path,
+    steps: int,
+    seed: int = 0,
+    *,
+    start: Path | None = None,
+    batch: int = BATCH,
+    every: int = 100,
+    save_every: int = 1,
 ) -> Iterator[dict[str, float]]:
     """Train the first stage, going on from a checkpoint in ``folder`` if there is one.
 
@@ -171,6 +203,9 @@ def train_tower(
         Steps in all; the learning rate falls towards the last.
     seed
         Of weights and data.
+    start
+        Folder of saved models to go on from; then the CLIP pair and the word embeddings stay as they are and the
+        projector alone is trained.
     batch
         Frames per step.
     every, save_every
@@ -182,6 +217,8 @@ def train_tower(
         Averages since the record before.
     """
     stage, _ = build(seed)
+    if start is not None:
+        take_over(stage, start)
     found = optimisers([stage], muon=4e-3, adam=2e-3)
     checkpoint = Checkpoint(folder)
     done = checkpoint.load({"stage": stage}, found)
@@ -190,9 +227,11 @@ def train_tower(
     sums: dict[str, list[float]] = defaultdict(list)
     for step, frames in enumerate(loader, start=done):
         factor = set_rate(found, step, steps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             parts = stage.losses(frames)
-            loss = parts["words"] + parts["phrases"] + 0.2 * parts["captions"] + parts["places"]
+            loss = parts["words"] + parts["places"] + PLACE_WEIGHT * F.relu(parts["place_share"] - PLACE_SHARE)
+            if "phrases" in parts:
+                loss = loss + parts["phrases"] + 0.2 * parts["captions"]
         loss.backward()
         nn.utils.clip_grad_norm_(stage.parameters(), 1.0)
         for optimiser in found.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -10,12 +11,15 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tokensieve.world.models import tokenizer
-from tokensieve.world.questions import Question, questions
+from tokensieve.world.questions import Question, count_of, questions
 from tokensieve.world.scene import Scene
-from tokensieve.world.words import SHAPES
+from tokensieve.world.words import COLOUR_NAMES, SHAPES
 
 LIMITS: dict[str, int] = {"attributes": 4, "existence": 4, "spatial": 4}
 """Families with many questions per clip, and how many of them enter one training sequence."""
+
+FOCUS: dict[str, int] = dict.fromkeys(("attributes", "existence", "spatial", "motion", "moment", "reading", "order"), 1)
+"""The same while the families that are not named here are exercised."""
 
 IGNORED = -100
 
@@ -47,15 +51,29 @@ def turn(question: Question, opened: bool) -> tuple[list[int], list[int]]:
     return asked + answered, targets
 
 
-def choose(scene: Scene, number: int, rng: np.random.Generator) -> list[Question]:
-    """Up to ``number`` different questions of a scene in random order, large families cut to their limit."""
+def choose(scene: Scene, number: int, rng: np.random.Generator, focus: bool = False) -> list[Question]:
+    """Up to ``number`` different questions of a scene in random order, large families cut to their limit.
+
+    With ``focus`` few questions of the easy families are asked, and two more colours are counted.
+    """
     picked: list[Question] = []
     for family, found in questions(scene).items():
         if family == "one-frame" and scene.frames < 8:
             continue
-        limit = LIMITS.get(family, len(found))
+        limit = (FOCUS if focus else LIMITS).get(family, len(found))
         picked += [found[int(i)] for i in rng.permutation(len(found))[:limit]]
+    if focus:
+        picked += _more_counts(scene, rng)
     return [picked[int(i)] for i in rng.permutation(len(picked))[:number]]
+
+
+def _more_counts(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Two further colours to count, frequent ones first: left to chance most counts would be zero."""
+    later = {thing.later_colour for thing in scene.things if thing.changed}
+    seen = Counter(thing.colour for thing in scene.things if thing.colour not in later)
+    del seen[scene.counted]
+    order = sorted((int(i) for i in rng.permutation(len(COLOUR_NAMES))), key=lambda colour: -seen[colour])
+    return [count_of(scene, colour) for colour in order if colour != scene.counted and colour not in later][:2]
 
 
 @dataclass(frozen=True)
