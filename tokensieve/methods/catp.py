@@ -9,6 +9,7 @@ the last token and likeness to the query; one layer later from the query picture
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -21,7 +22,8 @@ from tokensieve.core.plan import Plan
 from tokensieve.core.registry import register
 from tokensieve.core.sample import DecoderSample, HostFacts, TokenSample
 from tokensieve.errors import MethodError
-from tokensieve.ops.facility import greedy_facility_location
+from tokensieve.ops.facility import greedy_cover
+from tokensieve.ops.graph import cosine_matrix
 from tokensieve.ops.select import top_indices
 from tokensieve.ops.similarity import as_float32, unit_vectors
 
@@ -31,6 +33,8 @@ LAYER = 6
 LAST, EARLIER_LAST = "decoder.last_query_attention", "decoder.earlier_last_query_attention"
 TEXT_STATES = "decoder.text_states"
 Pairing = Literal["behind", "before"]
+_MAX_STORED = 64 * 1024 * 1024
+"""Similarities between the tokens of a picture or video that are stored (256 MiB)."""
 _ROUNDING = 1e-9
 """Added before cutting off fractions, so that 10 tokens at a ratio of 0.9 leave one in spite of float64 rounding."""
 
@@ -126,8 +130,17 @@ def select_covering(
     if text is not None:
         mean = as_float32(text).mean(dim=0, keepdim=True)
         bonus = weight * rescaled_cosine(features, mean)[:, 0]
-    order, _ = greedy_facility_location(rescaled_cosine(features, features), count, bonus)
+    similarity = _similarities(features)
+    order, _ = greedy_cover(similarity, similarity, torch.zeros(features.shape[0], device=features.device), count, bonus)
     return order.sort().values, order
+
+
+def _similarities(features: Tensor) -> Callable[[Tensor], Tensor]:
+    """Rows of ``rescaled_cosine(features, features)`` by token ids, stored where they do not take too much."""
+    units = unit_vectors(features).float()
+    if units.shape[0] ** 2 <= _MAX_STORED:
+        return cosine_matrix(units).add_(1).div_(2).clamp_min_(0).__getitem__
+    return lambda ids: (units[ids] @ units.T).add_(1).div_(2).clamp_(0, 1)
 
 
 def example_scores(

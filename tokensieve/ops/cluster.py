@@ -26,6 +26,12 @@ def scaled_distances(features: Tensor) -> Tensor:
     The Gram matrix is taken in float64 around the mean: the usual float32 form loses the distances of
     near-duplicates, which are exactly what redundant video is made of.
     """
+    # A processor writes one group after the other: what is in float64 then stays in its cache.
+    parts = features.split(1) if features.device.type == "cpu" and features.shape[0] > 1 else (features,)
+    return torch.cat([_scaled_distances(part) for part in parts])
+
+
+def _scaled_distances(features: Tensor) -> Tensor:
     centred = features.double()
     centred = centred - centred.mean(dim=1, keepdim=True)
     gram = centred @ centred.transpose(1, 2)

@@ -18,6 +18,8 @@ _TIE = 5e-7
 """Nearest-neighbour distances closer than this are ties: two tokens that are each other's nearest neighbour
 have the same distance up to the rounding of the matrix product, and the lower index must win everywhere."""
 _POOL = 256
+_AHEAD = 16
+"""Distances of the likely next tokens are computed together."""
 _SMALL = 1024
 _CHOSEN = float("-inf")
 
@@ -135,28 +137,42 @@ def _nearest_blockwise(units: Tensor, max_bytes: int) -> Tensor:
 def _nearest_pruned(units: Tensor, columns: int = 256, probes: int = 16) -> Tensor:
     """Like ``_nearest_blockwise``, but exact only where it can matter for the smallest value.
 
-    Tokens are compared with one block of columns after the other, and leave as soon as they have met a
-    neighbour closer than the nearest neighbour of some token that is known exactly (a probe). Between a
-    twentieth and a quarter of the full matrix is computed. Tokens that left get the value +inf.
+    A token cannot have the farthest nearest neighbour if it has any neighbour closer than the nearest neighbour of
+    some token that is known exactly (a probe). A guess of its nearest neighbour rules most tokens out at the price
+    of one product each; the others are compared with one block of columns after the other until they are ruled out
+    as well. Tokens that are ruled out get the value +inf.
     """
     total = units.shape[0]
+    alive, rows = torch.arange(total, device=units.device), units
+    seen = _guessed_nearest(units)
+    limit = torch.tensor(float("inf"), device=units.device)
     # Shuffled columns (always in the same way) let every token meet all parts of the video early.
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0)).to(units.device)
-    alive, rows = torch.arange(total, device=units.device), units
-    seen = torch.full((total,), float("-inf"), device=units.device)
-    limit = torch.tensor(float("inf"), device=units.device)
     for block in shuffled.split(columns):
-        if alive.numel() <= columns:
-            break
-        seen = torch.maximum(seen, _nearest_among(rows, alive, units[block], block))
         probe = seen.topk(min(probes, seen.numel()), largest=False).indices
         limit = torch.minimum(limit, _nearest_among(rows[probe], alive[probe], units).min())
         keep = seen <= limit + 2 * _TIE
         if int(keep.sum()) < 0.8 * keep.numel():
             alive, rows, seen = alive[keep], rows[keep], seen[keep]
+        if alive.numel() <= columns:
+            break
+        seen = torch.maximum(seen, _nearest_among(rows, alive, units[block], block))
     nearest = torch.full((total,), float("inf"), device=units.device)
     nearest[alive] = _nearest_among(rows, alive, units) if alive.numel() <= columns else seen
     return nearest
+
+
+def _guessed_nearest(units: Tensor, width: int = 64, rows: int = 512) -> Tensor:
+    """Similarity of each token to another one that is likely its nearest, found on a few random directions."""
+    generator = torch.Generator().manual_seed(0)
+    sketch = units @ torch.randn(units.shape[1], width, generator=generator).to(units)
+    found = []
+    for start, part in zip(range(0, units.shape[0], rows), sketch.split(rows), strict=True):
+        likeness = part @ sketch.T
+        likeness.diagonal(start).fill_(float("-inf"))
+        guess = likeness.argmax(dim=1)
+        found.append(torch.linalg.vecdot(units[start : start + rows], units[guess]))
+    return torch.cat(found)
 
 
 def _nearest_among(rows: Tensor, row_idx: Tensor, columns: Tensor, column_idx: Tensor | None = None) -> Tensor:
@@ -188,26 +204,46 @@ def _greedy_pool(units: Tensor, first: tuple[Tensor, Tensor], count: int) -> tup
     """Greedy choice with exact distances for a pool of candidates and upper bounds for the rest."""
     total = units.shape[0]
     order, distances = [int(first[0])], [float(first[1])]
-    nearest = (1 - units @ units[order[0]]).clamp_min_(0)
+    chosen = units.new_empty(count, units.shape[1])
+    chosen[0] = units[order[0]]
+    nearest = (1 - units @ chosen[0]).clamp_min_(0)
     nearest[order[0]] = _CHOSEN
+    # How many of the chosen tokens the distance of a token takes into account.
+    known = torch.ones(total, dtype=torch.int64, device=units.device)
     while len(order) < count:
         ranked = nearest.sort(descending=True, stable=True).indices
         pool = ranked[:_POOL].sort().values
         outside = float(nearest[ranked[_POOL]]) if total > _POOL else _CHOSEN
-        rows, exact = units[pool], nearest[pool]
-        refreshed = len(order)
+        rows, settled = units[pool], len(order)
+        exact = _refreshed(rows, nearest[pool], known[pool], chosen[:settled])
+        # If no distance of the pool was stale, the best one is the largest of all, at the lowest index.
+        sure = torch.equal(exact, nearest[pool])
+        between: dict[int, Tensor] = {}
         while len(order) < count:
             place = int(exact.argmax())
             distance = float(exact[place])
-            # Right after a refresh every distance is exact, and the pool holds the lowest index of the best
-            # ones.
-            if distance <= outside and len(order) > refreshed:
+            if distance <= outside and not (sure and len(order) == settled):
                 break
+            chosen[len(order)] = rows[place]
             order.append(int(pool[place]))
             distances.append(distance)
-            exact = torch.minimum(exact, (1 - rows @ rows[place]).clamp_min_(0))
+            if place not in between:
+                ahead = exact.sort(descending=True, stable=True).indices[:_AHEAD]
+                between.update(zip(ahead.tolist(), (1 - rows[ahead] @ rows.T).clamp_min_(0), strict=True))
+            exact = torch.minimum(exact, between[place])
             exact[place] = _CHOSEN
-        nearest = torch.minimum(nearest, (1 - (units @ units[order[refreshed:]].T).amax(dim=1)).clamp_min_(0))
-        nearest[pool] = exact
+        nearest[pool], known[pool] = exact, len(order)
     order_tensor = torch.tensor(order, dtype=torch.int64, device=units.device)
     return order_tensor, torch.tensor(distances, dtype=torch.float32, device=units.device)
+
+
+def _refreshed(rows: Tensor, nearest: Tensor, known: Tensor, chosen: Tensor) -> Tensor:
+    """Distances ``[P]`` of some tokens to all chosen ones, from those to the first ``known [P]`` of them."""
+    nearest = nearest.clone()
+    stale = (known < chosen.shape[0]).nonzero()[:, 0]
+    for part in stale[known[stale].argsort()].split(_POOL // 4) if stale.numel() else ():
+        # Tokens of similar age share a product.
+        later = chosen[int(known[part].min()) :]
+        distance = (1 - (rows[part] @ later.T).amax(dim=1)).clamp_min_(0)
+        nearest[part] = torch.minimum(nearest[part], distance)
+    return nearest

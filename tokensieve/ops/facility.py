@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tokensieve.errors import MethodError
 from tokensieve.ops.similarity import as_float32
 
-_BATCH = 16
+Rows = Callable[[Tensor], Tensor]
+
+_BLOCK = 128
+"""Rows of similarities that are looked at together."""
 _TIE = 1e-6
 """Gains closer than this are ties: two tokens that are each other's best cover gain exactly the same, up to the
 rounding of the similarities, and the lower index must win everywhere."""
@@ -37,43 +42,70 @@ def greedy_facility_location(similarity: Tensor, count: int, bonus: Tensor | Non
     ------
     MethodError
         If the shapes do not match or a similarity is negative.
-
-    Notes
-    -----
-    Gains only shrink as the cover grows, so an old gain is an upper bound of the present one: tokens are evaluated
-    anew, a few at a time, until the best one is up to date. The result is that of evaluating all of them.
     """
     if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
         raise MethodError(f"covering needs similarities [n, n], but the shape is {tuple(similarity.shape)}.")
-    total = similarity.shape[0]
+    rows = as_float32(similarity)
+    if rows.numel() and not float(rows.min()) >= 0:
+        raise MethodError(f"covering needs similarities of at least 0, but the smallest is {float(rows.min()):.3g}.")
+    columns = rows.T.contiguous()
+    return greedy_cover(rows.__getitem__, columns.__getitem__, rows.new_zeros(rows.shape[0]), count, bonus)
+
+
+def greedy_cover(
+    rows: Rows, columns: Rows, cover: Tensor, count: int, bonus: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`greedy_facility_location` on similarities that need not be stored.
+
+    Parameters
+    ----------
+    rows, columns : callable
+        From token ids ``[b]`` to the similarities ``[b, n]`` with which they cover all tokens, and with which all
+        tokens cover them; float32 and not negative. One function where similarities are symmetric.
+    cover : Tensor
+        ``[n]`` how well every token is covered beforehand, normally zeros; float32.
+    count : int
+        Number of tokens to choose, limited to n.
+    bonus : Tensor, optional
+        ``[n]`` value of a token by itself.
+
+    Returns
+    -------
+    order, gains : Tensor
+        As there.
+
+    Raises
+    ------
+    MethodError
+        If there is not one bonus per token.
+
+    Notes
+    -----
+    A choice changes the gains of others only by the tokens that it covers better than those before it. Nearly all
+    tokens at first, these soon are a handful; over all choices every column is read about log n times.
+    """
+    total, device = cover.numel(), cover.device
     if bonus is not None and bonus.shape != (total,):
         raise MethodError(f"covering needs one bonus per token, but the shape is {tuple(bonus.shape)} for {total}.")
-    rows = as_float32(similarity)
-    if total and not float(rows.min()) >= 0:
-        raise MethodError(f"covering needs similarities of at least 0, but the smallest is {float(rows.min()):.3g}.")
-    count = min(max(count, 0), total)
-    value = rows.new_zeros(total, dtype=torch.float64) if bonus is None else bonus.to(rows.device).double()
-    bound = rows.sum(dim=1, dtype=torch.float64) + value
-    cover = rows.new_zeros(total)
+    cover = cover.clone()
+    gain = cover.new_zeros(total, dtype=torch.float64) if bonus is None else bonus.to(device).double()
+    everything = torch.arange(total, device=device)
+    for part in everything.split(_BLOCK) if total else ():
+        gain = gain + (columns(part) - cover[part].unsqueeze(1)).clamp_min_(0).sum(dim=0, dtype=torch.float64)
     order: list[int] = []
     gains: list[float] = []
-    fresh = torch.ones(total, dtype=torch.bool, device=rows.device)
-    while len(order) < count:
-        near = bound >= bound.max() - _TIE
-        if bool((near & ~fresh).any()):
-            idx = bound.masked_fill(fresh, float("-inf")).topk(min(_BATCH, total)).indices
-            idx = idx[~fresh[idx]]
-            bound[idx] = (rows[idx] - cover).clamp_min_(0).sum(dim=1, dtype=torch.float64) + value[idx]
-            fresh[idx] = True
-            continue
-        best = int(near.long().argmax())
+    while len(order) < min(count, total):
+        best = int((gain >= gain.max() - _TIE).byte().argmax())
         order.append(best)
-        gains.append(float(bound[best]))
-        cover = torch.maximum(cover, rows[best])
-        bound[best] = float("-inf")
-        fresh.fill_(False)
-        fresh[order] = True
+        gains.append(float(gain[best]))
+        better = torch.maximum(cover, rows(everything[best : best + 1])[0])
+        changed = (better > cover).nonzero()[:, 0]
+        for part in changed.split(_BLOCK) if changed.numel() else ():
+            before, after = cover[part].unsqueeze(1), better[part].unsqueeze(1)
+            lost = torch.minimum(columns(part), after).sub_(before).clamp_min_(0)
+            gain -= lost.sum(dim=0, dtype=torch.float64)
+        cover, gain[best] = better, float("-inf")
     return (
-        torch.tensor(order, dtype=torch.int64, device=rows.device),
-        torch.tensor(gains, dtype=torch.float32, device=rows.device),
+        torch.tensor(order, dtype=torch.int64, device=device),
+        torch.tensor(gains, dtype=torch.float32, device=device),
     )

@@ -49,13 +49,54 @@ class MergedTokens(NamedTuple):
     merge_map: MergeMap
 
 
-def _grouped_sum(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Sum rows ``[E, D]`` per group into ``[groups, D]``; the order of summation is fixed on every device."""
-    if values.shape[0] == 0:
-        return values.new_zeros(groups, *values.shape[1:])
+_ROWS = 256
+"""Rows handled together on a processor: what is written for them stays in its cache."""
+
+
+def grouped_sum(values: Tensor, group: Tensor, groups: int, weights: Tensor | None = None) -> Tensor:
+    """Sum the rows of each group; the order of summation is fixed on every device.
+
+    Parameters
+    ----------
+    values : Tensor
+        ``[E, ...]`` float.
+    group : Tensor
+        ``[E]`` int64 in ``0..groups-1``.
+    groups : int
+        Number of groups.
+    weights : Tensor, optional
+        ``[E]`` factor of every row.
+
+    Returns
+    -------
+    Tensor
+        ``[groups, ...]``; zero for groups without rows.
+    """
+    return gathered_sum(values, None, group, groups, weights)
+
+
+def gathered_sum(
+    values: Tensor, source: Tensor | None, group: Tensor, groups: int, weights: Tensor | None = None
+) -> Tensor:
+    """`grouped_sum` of the rows ``values[source]`` (all rows where it is None), without a copy of all of them."""
+    sums = values.new_zeros(groups, *values.shape[1:])
+    if group.numel() == 0:
+        return sums
+    if values.device.type == "cpu":
+        for start in range(0, group.numel(), _ROWS):
+            place = slice(start, start + _ROWS)
+            part = values[place if source is None else source[place]]
+            sums.index_add_(0, group[place], part if weights is None else _scaled(part, weights[place]))
+        return sums
     order = group.sort(stable=True).indices
-    lengths = torch.bincount(group, minlength=groups)
-    return torch.segment_reduce(values[order], "sum", lengths=lengths, axis=0)
+    part = values[order if source is None else source[order]]
+    part = part if weights is None else _scaled(part, weights[order])
+    return torch.segment_reduce(part, "sum", lengths=torch.bincount(group, minlength=groups), axis=0)
+
+
+def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
+    """Rows ``[E, ...]`` times a factor each."""
+    return rows * factors.to(rows.dtype).view(-1, *(1,) * (rows.dim() - 1))
 
 
 def unmerged(features: Tensor, source: Tensor) -> MergedTokens:
@@ -141,8 +182,7 @@ def apply_merge(features: Tensor, merge_map: MergeMap, outputs: int) -> Tensor:
         ``[M, D]`` in the dtype of ``features``, summed in float32; an output without entries is zero.
     """
     work = as_float32(features)
-    values = work[merge_map.source] * merge_map.weight.to(work.dtype).unsqueeze(-1)
-    return _grouped_sum(values, merge_map.target, outputs).to(features.dtype)
+    return gathered_sum(work, merge_map.source, merge_map.target, outputs, merge_map.weight).to(features.dtype)
 
 
 def weighted_merge(features: Tensor, weights: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -165,10 +205,14 @@ def weighted_merge(features: Tensor, weights: Tensor, group: Tensor, groups: int
         ``[groups, D]`` in the dtype of ``features``; groups that are empty or weigh nothing are zero.
     """
     work = as_float32(features)
-    weights = weights.to(work.dtype).unsqueeze(-1)
-    totals = _grouped_sum(weights, group, groups)
-    sums = _grouped_sum(work * weights, group, groups)
-    return torch.where(totals > 0, sums / totals, torch.zeros_like(sums)).to(features.dtype)
+    totals = grouped_sum(weights.to(work.dtype), group, groups)
+    return _divided(grouped_sum(work, group, groups, weights), totals).to(features.dtype)
+
+
+def _divided(sums: Tensor, totals: Tensor) -> Tensor:
+    """Sums ``[M, ...]`` over their totals ``[M]``; zero where the total is."""
+    totals = totals.view(-1, *(1,) * (sums.dim() - 1))
+    return (sums / totals).masked_fill_(totals <= 0, 0)
 
 
 def mean_merge(features: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -188,7 +232,8 @@ def mean_merge(features: Tensor, group: Tensor, groups: int) -> Tensor:
     Tensor
         ``[groups, D]`` in the dtype of ``features``; empty groups are zero.
     """
-    return weighted_merge(features, torch.ones_like(group, dtype=torch.float32), group, groups)
+    sums = grouped_sum(as_float32(features), group, groups)
+    return _divided(sums, torch.bincount(group, minlength=groups).to(sums.dtype)).to(features.dtype)
 
 
 def sequential_average_weights(target: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
@@ -238,5 +283,5 @@ def sequential_average(base: Tensor, arrivals: Tensor, target: Tensor) -> Tensor
     """
     base_weight, arrival_weight = sequential_average_weights(target, base.shape[0])
     work = as_float32(base)
-    summed = _grouped_sum(as_float32(arrivals) * arrival_weight.to(work.dtype).unsqueeze(-1), target, base.shape[0])
+    summed = grouped_sum(as_float32(arrivals), target, base.shape[0], arrival_weight)
     return (work * base_weight.to(work.dtype).unsqueeze(-1) + summed).to(base.dtype)
