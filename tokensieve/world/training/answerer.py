@@ -91,7 +91,7 @@ def refinement(scale: float = 1.0) -> tuple[Phase, ...]:
     """The phases that follow on saved models."""
     plan = (
         Phase(216, 8, 20, 14, 0.2, focus=True),
-        Phase(408, 16, 12, 14, 0.3, focus=True),
+        Phase(360, 16, 12, 14, 0.3, focus=True),
         Phase(24, 32, 6, 14, 0.4, focus=True),
         Phase(72, 16, 12, 16, 0.35),
     )

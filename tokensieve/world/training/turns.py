@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from tokensieve.world.models import tokenizer
 from tokensieve.world.questions import Question, count_of, questions
 from tokensieve.world.scene import Scene
-from tokensieve.world.words import COLOUR_NAMES, SHAPES
+from tokensieve.world.words import COLOUR_NAMES, COUNTS, SHAPES
 
 LIMITS: dict[str, int] = {"attributes": 4, "existence": 4, "spatial": 4}
 """Families with many questions per clip, and how many of them enter one training sequence."""
@@ -69,11 +69,11 @@ def choose(scene: Scene, number: int, rng: np.random.Generator, focus: bool = Fa
 
 def _more_counts(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Two further colours to count, frequent ones first: left to chance most counts would be zero."""
-    later = {thing.later_colour for thing in scene.things if thing.changed}
-    seen = Counter(thing.colour for thing in scene.things if thing.colour not in later)
-    del seen[scene.counted]
+    seen = Counter(thing.colour for thing in scene.things)
+    unclear = {scene.counted} | {thing.later_colour for thing in scene.things if thing.changed}
     order = sorted((int(i) for i in rng.permutation(len(COLOUR_NAMES))), key=lambda colour: -seen[colour])
-    return [count_of(scene, colour) for colour in order if colour != scene.counted and colour not in later][:2]
+    asked = [colour for colour in order if colour not in unclear and seen[colour] < len(COUNTS)]
+    return [count_of(scene, colour) for colour in asked[:2]]
 
 
 @dataclass(frozen=True)
