@@ -60,6 +60,9 @@ def serve(
         int, typer.Option("--max-new-tokens", help="Longest answer a request may ask for.")
     ] = 2048,
     queue: Annotated[int, typer.Option("--queue", help="Requests that may wait; further ones are refused.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", help="Most requests answered in one call of the model.", min=1)
+    ] = 4,
     decoders: Annotated[int, typer.Option("--decoders", help="Threads that read clips.")] = 2,
     media_root: Annotated[
         Path | None,
@@ -117,7 +120,8 @@ def serve(
         from tokensieve.bridges.openai_server import TransformersBackend, create_app
 
         loaded = common.open_model(model, dtype, device, attn, trust_remote_code, not no_progress)
-        app = create_app(TransformersBackend(loaded.model, loaded.processor, loaded.random_weights), settings)
+        backend = TransformersBackend(loaded.model, loaded.processor, loaded.random_weights, batch_size)
+        app = create_app(backend, settings)
         if host not in _LOOPBACK and settings.api_key is None:
             note(f"anybody who reaches {host} can use this server; give --api-key-file to ask for a key.")
         _run(uvicorn, app, host, port, settings.model_name)

@@ -48,12 +48,12 @@ def create_app(backend: Backend, settings: ServerSettings) -> FastAPI:
     """
     for name in settings.methods:
         backend.check(settings.choose(name, None)[2])
-    metrics = Metrics()
+    metrics, ahead = Metrics(), settings.decoded_ahead(backend.parallel)
     service = Service(
         backend,
         settings,
         metrics,
-        Gate(backend.parallel + settings.ahead, max(0, settings.queue - settings.ahead), backend.parallel, metrics),
+        Gate(backend.parallel + ahead, settings.queue - ahead, backend.parallel, metrics),
         ThreadPoolExecutor(settings.decoders, thread_name_prefix="tokensieve-decode"),
     )
 

@@ -62,12 +62,16 @@ class Usage:
         Time per stage: ``prepare``, ``queue``, ``encode``, ``compress``, ``prefill``, ``decode``.
     notes
         What was done differently from what one might expect.
+    batch
+        Answers that were made in the same call of the model, where the backend knows; ``encode`` to ``decode`` of
+        ``seconds`` are those of the whole call.
     """
 
     tokens: RowTokens
     new_tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    batch: int | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ Outcome = Literal["ok", "bad_request", "unauthorized", "busy", "cancelled", "fai
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SLOW = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
@@ -24,7 +25,7 @@ class Metrics:
     waiting, running : Gauge
         Requests in the queue, and those being decoded or answered.
     mean_seconds : float
-        Running mean of the time that the backend spent on a request; 0 before the first.
+        Running mean of the time that the backend spent on a request and those in its batch; 0 before the first.
     """
 
     def __init__(self) -> None:
@@ -60,6 +61,12 @@ class Metrics:
             buckets=_SLOW,
             registry=self.registry,
         )
+        self._batch = Histogram(
+            "tokensieve_batch_size",
+            "Answers made in one call of the model, for every answer.",
+            buckets=_SIZES,
+            registry=self.registry,
+        )
         outcomes: tuple[Outcome, ...] = ("ok", "bad_request", "unauthorized", "busy", "cancelled", "failed")
         for outcome in outcomes:
             self.requests.labels(outcome)
@@ -90,6 +97,8 @@ class Metrics:
             self._stages.labels(stage).observe(value)
         self._first.observe(first)
         self._whole.observe(whole)
+        if usage.batch is not None:
+            self._batch.observe(usage.batch)
         busy = sum(value for stage, value in usage.seconds.items() if stage != "queue")
         self.mean_seconds = busy if not self.mean_seconds else 0.9 * self.mean_seconds + 0.1 * busy
 

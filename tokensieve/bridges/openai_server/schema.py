@@ -230,6 +230,7 @@ class AnswerFormat:
             **usage.tokens.to_dict(),
             "seconds": {name: round(value, 6) for name, value in (seconds | usage.seconds).items()},
             "notes": usage.notes,
+            **({} if usage.batch is None else {"batch": usage.batch}),
         }
 
     def _head(self, kind: str) -> dict[str, Any]:

@@ -90,8 +90,9 @@ class ServerSettings:
         Longest prompt before compression; the backend's own limit unless given.
     queue : int
         Requests that may wait; one more is refused with status 429.
-    ahead : int
-        Of these, how many are decoded before their turn comes.
+    ahead : int, optional
+        Of these, how many are decoded before their turn comes; as many as the backend answers at a time, and two at
+        least, unless given.
     decoders : int
         Threads that read clips.
     api_key : str, optional
@@ -118,7 +119,7 @@ class ServerSettings:
     max_new_tokens: int = 2048
     max_prompt_tokens: int | None = None
     queue: int = 64
-    ahead: int = 2
+    ahead: int | None = None
     decoders: int = 2
     api_key: str | None = None
     max_body: int = 64 << 20
@@ -138,7 +139,7 @@ class ServerSettings:
         for name in ("frames", "max_frames", "new_tokens", "max_new_tokens", "decoders", "max_body"):
             if getattr(self, name) < 1:
                 raise TokensieveError(f"{name} must be 1 or more, not {getattr(self, name)}.")
-        if self.queue < 0 or self.ahead < 0:
+        if self.queue < 0 or (self.ahead or 0) < 0:
             raise TokensieveError(f"queue and ahead must be 0 or more, not {self.queue} and {self.ahead}.")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii()):
             raise TokensieveError("The API key is empty or not ASCII; choose another, or none for open access.")
@@ -151,6 +152,10 @@ class ServerSettings:
     def highest_retention(self) -> float:
         """Most that a request may keep."""
         return self.retention if self.max_retention is None else self.max_retention
+
+    def decoded_ahead(self, parallel: int) -> int:
+        """Waiting requests that are decoded already, for a backend that answers so many at a time."""
+        return min(self.queue, max(2, parallel) if self.ahead is None else self.ahead)
 
     @property
     def methods(self) -> tuple[str, ...]:
