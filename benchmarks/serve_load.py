@@ -1,12 +1,14 @@
 """The server under load: throughput, time to first token, memory, right answers, and clients that behave badly.
 
     python -m benchmarks.serve_load [--quick] [--requests 200] [--concurrency 32] [--retention 0.25]
+    python -m benchmarks.serve_load --engine vllm --keep
 
 `tokensieve serve` runs as a process of its own on loopback, with a small LLaVA-OneVision of random weights and the
 published layout of 196 tokens per frame. The same requests (clips under the media root, streamed greedy answers)
 are sent without compression and with it, in turns; every answer is compared with the one that the same
 request got alone. Then come clients that disconnect in the middle, send garbage or oversized bodies, or all
-come at once, and the requests of the beginning must still get their answers.
+come at once, and the requests of the beginning must still get their answers. All that is done for every server:
+transformers that answers one request at a time, the same with batches, and vLLM where it is installed.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from math import nan
 from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any
@@ -47,6 +50,7 @@ TEXT = {
 }
 QUESTIONS = ("What moves?", "Which shape is in front of all the others at the end of the clip?")
 COLUMNS = (
+    "server",
     "method",
     "round",
     "visual tokens",
@@ -54,14 +58,16 @@ COLUMNS = (
     "TTFT p50",
     "TTFT p95",
     "whole p95",
-    "model per request",
+    "processor per request",
+    "answers per call",
     "right answers",
     "server memory",
 )
 NOTES = (
     SHARED,
     "TTFT: at the client, from sending the request to the first text; under full load it is mostly waiting.",
-    "model per request: encode, compress, prefill and decode as the server reports them, mean.",
+    "processor per request: processor time of the server's processes over the round, divided by the answers.",
+    "answers per call: how many requests the model answered together, mean over the answers; of vLLM not known.",
     "right answers: equal to the answer that the same request got alone, all others or lost ones missing.",
     "server memory: resident set at 25, 50, 75 and 100 % of the requests of the round.",
     "Client and server share the processor.",
@@ -72,12 +78,14 @@ NOTES = (
 class Round:
     """What one round of load gave."""
 
+    server: str
     method: str
     number: int
     seconds: float = 0.0
+    processor: float = 0.0
     first: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
-    model: list[float] = field(default_factory=list)
+    together: list[int] = field(default_factory=list)
     visual: tuple[int, int] = (0, 0)
     right: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -85,12 +93,19 @@ class Round:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return vars(self) | {"requests_per_second": len(self.whole) / self.seconds, "p50": _share(self.first, 50)}
+        derived = {
+            "requests_per_second": len(self.whole) / self.seconds,
+            "first_p50": _share(self.first, 50),
+            "first_p95": _share(self.first, 95),
+            "whole_p95": _share(self.whole, 95),
+        }
+        return vars(self) | derived
 
     def row(self, requests: int) -> tuple[str, ...]:
         """Cells of the table."""
         before, after = self.visual
         return (
+            self.server,
             self.method,
             str(self.number),
             f"{after} of {before} ({in_percent(after / before)})",
@@ -98,14 +113,17 @@ class Round:
             in_seconds(_share(self.first, 50)),
             in_seconds(_share(self.first, 95)),
             in_seconds(_share(self.whole, 95)),
-            in_seconds(fmean(self.model)),
+            in_seconds(self.processor / max(1, len(self.whole))),
+            f"{fmean(self.together):.1f}" if self.together else "-",
             f"{self.right} of {requests}",
             ", ".join(in_bytes(value) for value in self.memory),
         )
 
 
 def _share(values: Sequence[float], percent: int) -> float:
-    """A percentile."""
+    """A percentile; NaN of nothing."""
+    if not values:
+        return nan
     return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
@@ -126,12 +144,26 @@ def write_clips(folder: Path) -> list[str]:
     return addresses
 
 
+def processor_seconds(process: psutil.Process) -> float:
+    """Processor time of a process and its children so far."""
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+def resident(process: psutil.Process) -> int:
+    """Memory of a process and its children, bytes."""
+    return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
+
+
 @contextmanager
-def server(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
+def server(
+    folder: Path, arguments: argparse.Namespace, engine: str, batch: int
+) -> Iterator[tuple[str, psutil.Process]]:
     """A running server: its address and process."""
     model = tiny.cached("llava_onevision", text=TEXT, vision={"image_size": 378, "patch_size": 14})
     words = [str(model), "--port", "0", "--served-model-name", "load", "--media-root", str(folder), "--no-progress"]
     words += ["--method", arguments.method, "--retention", str(arguments.retention), "--allow-method", "none"]
+    words += ["--batch-size", str(batch)]
     words += ["--frames", str(FRAMES), "--queue", str(2 * arguments.concurrency), "--max-body", str(1 << 20)]
     command = [sys.executable, "-m", "tokensieve.cli", "serve", *words]
     with (folder / "log").open("w+") as log, subprocess.Popen(command, stderr=log) as process:
@@ -199,8 +231,7 @@ async def load(
             else:
                 found.first.append(first)
                 found.whole.append(whole)
-                stages = ("encode", "compress", "prefill", "decode")
-                found.model.append(sum(account["seconds"][stage] for stage in stages))
+                found.together += [account["batch"]] if "batch" in account else []
                 found.visual = (account["visual_before"], account["visual"])
                 if text == truth[number % len(truth)]:
                     found.right += 1
@@ -208,11 +239,11 @@ async def load(
                     found.wrong.append(f"{number}: {text!r} instead of {truth[number % len(truth)]!r}")
             done += 1
             if done in marks:
-                found.memory.append(process.memory_info().rss)
+                found.memory.append(resident(process))
 
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), processor_seconds(process)
     await asyncio.gather(*(client_loop() for _ in range(arguments.concurrency)))
-    found.seconds = time.perf_counter() - begun
+    found.seconds, found.processor = time.perf_counter() - begun, processor_seconds(process) - used
     return found
 
 
@@ -255,7 +286,7 @@ async def misbehave(client: httpx.AsyncClient, arguments: argparse.Namespace, cl
 
 
 async def measure(
-    address: str, process: psutil.Process, arguments: argparse.Namespace, clips: list[str]
+    label: str, address: str, process: psutil.Process, arguments: argparse.Namespace, clips: list[str]
 ) -> tuple[list[Round], dict[str, Any]]:
     """All rounds, then the bad clients."""
     limits = httpx.Limits(max_connections=arguments.burst + 64, max_keepalive_connections=arguments.concurrency)
@@ -263,15 +294,61 @@ async def measure(
         rounds = []
         for number in range(1, arguments.rounds + 1):
             for method in ("none", arguments.method):
-                rounds.append(await load(client, process, arguments, Round(method, number), clips))
+                rounds.append(await load(client, process, arguments, Round(label, method, number), clips))
         trouble = await misbehave(client, arguments, clips)
-        trouble["memory_at_the_end"] = process.memory_info().rss
+        trouble["memory_at_the_end"] = resident(process)
         return rounds, trouble
+
+
+def run_server(arguments: argparse.Namespace, engine: str, batch: int) -> dict[str, Any]:
+    """All that is measured on one server, with the cells of its tables."""
+    label = f"{engine}, batch {batch}" if engine == "transformers" else engine
+    with tempfile.TemporaryDirectory(prefix="tokensieve-load-") as place:
+        folder = Path(place)
+        clips = write_clips(folder)
+        with server(folder, arguments, engine, batch) as (address, process):
+            rounds, trouble = asyncio.run(measure(label, address, process, arguments, clips))
+    bad = [(kind, ", ".join(f"{key}: {n}" for key, n in got.items())) for kind, got in trouble["outcomes"].items()]
+    bad.append(("a good request afterwards", "same answer" if trouble["answer_unchanged"] else "ANOTHER ANSWER"))
+    bad.append(("server memory afterwards", in_bytes(trouble["memory_at_the_end"])))
+    return {
+        "label": label,
+        "machine": machine(),
+        "settings": {key: value for key, value in vars(arguments).items() if key not in ("output", "keep")},
+        "rounds": [one.to_dict() for one in rounds],
+        "trouble": trouble,
+        "rows": [one.row(arguments.requests) for one in rounds],
+        "bad": [(label, *row) for row in bad],
+    }
+
+
+def report(servers: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Print and write the tables of all servers."""
+    title = (
+        f"Server under load: {arguments.requests} requests, {arguments.concurrency} at a time, {FRAMES} frames of 196 "
+        f"tokens, {NEW_TOKENS} new tokens, retention {arguments.retention:g}"
+    )
+    rows = [row for one in servers for row in one["rows"]]
+    bad = [row for one in servers for row in one["bad"]]
+    columns = ("server", "clients", "what they got")
+    show(title, COLUMNS, rows)
+    show("Clients that behave badly", columns, bad)
+    sections = [("", COLUMNS, rows), ("Clients that behave badly", columns, bad)]
+    payload = {"machine": servers[0]["machine"], "servers": servers}
+    print(f"written: {write(arguments.output, 'serve_load', payload, title, sections, NOTES)}")
+
+
+def kept(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Servers of earlier runs, with --keep."""
+    path = arguments.output / "serve_load.json"
+    return list(json.loads(path.read_text())["servers"]) if arguments.keep and path.is_file() else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status, 1 when an answer was lost or wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_load", description=__doc__.splitlines()[0])
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 4], help="a server for each")
     parser.add_argument("--method", default="vidcom2")
     parser.add_argument("--retention", type=float, default=0.25)
     parser.add_argument("--requests", type=int, default=200)
@@ -279,39 +356,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--burst", type=int, default=1000, help="requests that come at once in the end")
     parser.add_argument("--quick", action="store_true", help="24 requests, 8 at a time, one round, a burst of 60")
+    parser.add_argument("--keep", action="store_true", help="keep other servers' results of an earlier run")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.requests, arguments.concurrency, arguments.rounds, arguments.burst = 24, 8, 1, 60
-    with tempfile.TemporaryDirectory(prefix="tokensieve-load-") as place:
-        folder = Path(place)
-        clips = write_clips(folder)
-        with server(folder, arguments) as (address, process):
-            rounds, trouble = asyncio.run(measure(address, process, arguments, clips))
-    rows = [one.row(arguments.requests) for one in rounds]
-    title = (
-        f"Server under load: {arguments.requests} requests, {arguments.concurrency} at a time, {FRAMES} frames of 196 "
-        f"tokens, {NEW_TOKENS} new tokens, retention {arguments.retention:g}"
-    )
-    show(title, COLUMNS, rows)
-    columns = ("clients", "what they got")
-    bad = [(kind, ", ".join(f"{key}: {n}" for key, n in got.items())) for kind, got in trouble["outcomes"].items()]
-    bad.append(("a good request afterwards", "same answer" if trouble["answer_unchanged"] else "ANOTHER ANSWER"))
-    bad.append(("server memory afterwards", in_bytes(trouble["memory_at_the_end"])))
-    show("Clients that behave badly", columns, bad)
-    payload = {
-        "machine": machine(),
-        "settings": {key: value for key, value in vars(arguments).items() if key != "output"},
-        "rounds": [one.to_dict() for one in rounds],
-        "trouble": trouble,
-    }
-    sections = [("", COLUMNS, rows), ("Clients that behave badly", columns, bad)]
-    path = write(arguments.output, "serve_load", payload, title, sections, NOTES)
-    print(f"written: {path}")
-    wrong = [text for one in rounds for text in one.wrong]
+    sizes = arguments.batch_size if arguments.engine == "transformers" else [1]
+    found = [run_server(arguments, arguments.engine, size) for size in sizes]
+    new = {one["label"] for one in found}
+    report([one for one in kept(arguments) if one["label"] not in new] + found, arguments)
+    wrong = [text for one in found for round_ in one["rounds"] for text in round_["wrong"]]
     for text in wrong[:10]:
         print(text)
-    return 1 if wrong or not trouble["answer_unchanged"] else 0
+    return 1 if wrong or not all(one["trouble"]["answer_unchanged"] for one in found) else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tokensieve.hosts import tiny
 from tokensieve.prompt import build_prompt
 from tokensieve.video import read_clip
 
-ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv" / "lmms-eval"
+ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-lmms"
 PYTHON = Path(os.environ.get("TOKENSIEVE_LMMS_PYTHON") or ENVIRONMENT / "bin" / "python")
 NEW_TOKENS = 4
 
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not PYTHON.is_file(),
-        reason=f"there is no environment with lmms-eval at {PYTHON}; make it with tests/bridges/lmms_environment.py",
+        reason=f"there is no environment with lmms-eval at {PYTHON}; run `make test-lmms`",
     ),
 ]
 

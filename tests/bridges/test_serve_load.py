@@ -27,7 +27,7 @@ def test_rounds_and_bad_clients(serving: Callable[..., Any], tmp_path: Path) -> 
     async def work(client: Any) -> Any:
         rounds = []
         for method in ("none", "uniform"):
-            started = serve_load.Round(method, 1)
+            started = serve_load.Round("here", method, 1)
             rounds.append(await serve_load.load(client, psutil.Process(), arguments, started, clips))
         return rounds, await serve_load.misbehave(client, arguments, clips)
 
@@ -39,7 +39,8 @@ def test_rounds_and_bad_clients(serving: Callable[..., Any], tmp_path: Path) -> 
     assert full.visual[0] == full.visual[1] == half.visual[0] == 4 * half.visual[1]
     row = half.row(9)
     assert len(row) == len(serve_load.COLUMNS)
-    assert (row[0], row[2], row[8]) == ("uniform", "25 of 100 (25.0 %)", "9 of 9")
+    assert (row[0], row[1], row[3], row[10]) == ("here", "uniform", "25 of 100 (25.0 %)", "9 of 9")
+    assert half.processor > 0 and half.together == [1] * 9
 
     outcomes = trouble["outcomes"]
     assert outcomes["garbage"] == {"400": 1} and outcomes["body of 2 MiB where 1 MiB is allowed"] == {"413": 1}
@@ -55,19 +56,18 @@ def test_answers_that_are_lost_or_wrong_are_counted(tmp_path: Path, monkeypatch:
 
     # Three answers to requests that come alone, then those of the round, the last of which is lost.
     told = iter(["right"] * 3 + ["right", "wrong"])
-    stages = dict.fromkeys(("encode", "compress", "prefill", "decode"), 1.0)
 
     async def ask(client: Any, request: Any) -> Any:
         text = next(told, None)
         if text is None:
             raise RuntimeError("500 failed")
-        return text, {"seconds": stages, "visual_before": 4, "visual": 1}, 0.5, 1.0
+        return text, {"visual_before": 4, "visual": 1, "batch": 2}, 0.5, 1.0
 
     monkeypatch.setattr(serve_load, "ask", ask)
     monkeypatch.setattr(serve_load, "QUESTIONS", ("What?",))
     arguments = argparse.Namespace(requests=3, concurrency=1)
     found = asyncio.run(
-        serve_load.load(None, psutil.Process(), arguments, serve_load.Round("none", 1), ["a", "b", "c"])
+        serve_load.load(None, psutil.Process(), arguments, serve_load.Round("here", "none", 1), ["a", "b", "c"])
     )
-    assert (found.right, found.model) == (1, [4.0, 4.0])
+    assert (found.right, found.together) == (1, [2, 2])
     assert found.wrong == ["1: 'wrong' instead of 'right'", "2: RuntimeError 500 failed"]
