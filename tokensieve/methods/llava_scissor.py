@@ -23,8 +23,8 @@ from tokensieve.core.registry import register
 from tokensieve.core.sample import TokenSample
 from tokensieve.errors import MethodError
 from tokensieve.ops.allocate import keep_count
-from tokensieve.ops.graph import cosine_matrix, matrix_components, similarity_components
-from tokensieve.ops.merge import MergedTokens, MergeMap, mean_merge
+from tokensieve.ops.graph import cosine_matrix, matrix_components, similarity_components, tiled_components
+from tokensieve.ops.merge import MergedTokens, MergeMap, gathered_sum, grouped_sum, mean_merge
 from tokensieve.ops.similarity import UNIT_EPSILON, as_float32, unit_vectors
 
 TAU = 0.9
@@ -33,6 +33,7 @@ EPSILON = 0.05
 TOLERANCE = 0.02
 _STEP = 0.05
 _TRIES = 16
+_UNLINKED = -2.0
 _MAX_PAIRS = 4 * 1024 * 1024
 _MAX_COSINES = 128 * 1024 * 1024
 """Cosines between all tokens of a video are stored during the search up to this number (512 MiB)."""
@@ -127,13 +128,6 @@ def _averaged(vectors: Tensor, label: Tensor, count: int) -> Tensor:
     return vectors if count == vectors.shape[0] else mean_merge(vectors, label, count)
 
 
-def _sums(rows: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Sum of the rows of each group; the order of summation is fixed on every device."""
-    if rows.device.type == "cpu":
-        return rows.new_zeros(groups, rows.shape[1]).index_add_(0, group, rows)
-    return mean_merge(rows, group, groups) * torch.bincount(group, minlength=groups).unsqueeze(1)
-
-
 def _regions_of_cosines(cosines: _Cosines, frames: int, tau: float) -> Regions:
     """`find_regions` (exact) from cosines: products of means are means of products."""
     cosine, norms = cosines
@@ -141,15 +135,46 @@ def _regions_of_cosines(cosines: _Cosines, frames: int, tau: float) -> Regions:
     each = torch.arange(frames, device=cosine.device)
     inside = cosine.view(frames, total // frames, frames, -1)[each, :, each]
     label, source = matrix_components(inside, tau)
-    between = cosine
-    if source.numel() < total:
-        # A sum has the direction of its mean.
-        half = _sums(cosine * norms.unsqueeze(1), label.flatten(), source.numel())
-        between = _sums(half.T * norms.unsqueeze(1), label.flatten(), source.numel())
-        lengths = between.diagonal().clamp_min(0).sqrt().clamp_min(UNIT_EPSILON)
-        between = (between / lengths).div_(lengths.unsqueeze(1)).clamp_max_(1.0)
-    joined, leader = matrix_components(between.unsqueeze(0), tau)
-    return Regions(label, joined[0], source[leader])
+    large = (torch.bincount(label.flatten()) > 1).nonzero()[:, 0]
+    products = _products_of_means(cosines, label.flatten(), source, large)
+
+    stands = torch.zeros(total, dtype=torch.bool, device=cosine.device)
+    stands[source] = True
+    tokens = source[large]
+
+    def tile(graph: slice, start: int, end: int) -> Tensor:
+        # A region of one token has the cosines of that token; tokens that stand for no region are linked to nothing.
+        found = cosine[start:end, start:].masked_fill(~stands[start:], _UNLINKED)
+        later = tokens >= start
+        here = later & (tokens < end)
+        found[:, tokens[later] - start] = products[start:end, later]
+        found[tokens[here] - start] = products[start:, here].T
+        return found.masked_fill_(~stands[start:end].unsqueeze(1), _UNLINKED).unsqueeze(0)
+
+    component, leader = tiled_components(tile, 1, total, tau, cosine.device)
+    named = stands[leader]
+    return Regions(label, (named.cumsum(0) - 1)[component[0, source]], leader[named])
+
+
+def _products_of_means(cosines: _Cosines, label: Tensor, source: Tensor, large: Tensor) -> Tensor:
+    """Cosines ``[n, L]`` of region means, at the tokens that stand for the regions, with the regions of several tokens.
+
+    Elsewhere they are not linked.
+    """
+    cosine, norms = cosines
+    place = torch.full_like(source, -1)
+    place[large] = torch.arange(large.numel(), device=large.device)
+    members = (place[label] >= 0).nonzero()[:, 0]
+    # A sum has the direction of its mean.
+    half = gathered_sum(cosine, members, place[label[members]], large.numel(), norms[members])
+    products = grouped_sum(half.T, label, source.numel(), norms)
+    lengths = norms[source]
+    lengths[large] = products[large, torch.arange(large.numel(), device=large.device)].clamp_min(0).sqrt()
+    lengths.clamp_min_(UNIT_EPSILON)
+    products = products.div_(lengths[large]).div_(lengths.unsqueeze(1)).clamp_max_(1.0)
+    spread = products.new_full((norms.numel(), large.numel()), _UNLINKED)
+    spread[source] = products
+    return spread
 
 
 def _means(features: Tensor, regions: Regions) -> Tensor:
@@ -189,7 +214,7 @@ def nearest(features: Tensor, means: Tensor) -> Tensor:
 def _nearest_of_cosines(cosines: _Cosines, regions: Regions, means: Tensor) -> Tensor:
     """`nearest` from cosines."""
     target, share = _shares(regions)
-    products = _sums(cosines.cosine * (cosines.norms * share).unsqueeze(1), target, means.shape[0])
+    products = grouped_sum(cosines.cosine, target, means.shape[0], cosines.norms * share)
     return products.div_(means.norm(dim=1).clamp_min(UNIT_EPSILON).unsqueeze(1)).argmax(dim=0)
 
 
@@ -219,7 +244,7 @@ def merge_regions(
     means = _means(features, regions)
     assigned = nearest(flat, means) if cosines is None else _nearest_of_cosines(cosines, regions, means)
     counts = torch.bincount(assigned, minlength=outputs)
-    sums = mean_merge(as_float32(flat), assigned, outputs) * counts.unsqueeze(1)
+    sums = grouped_sum(as_float32(flat), assigned, outputs)
     values = (means + sums) / (counts + 1).unsqueeze(1)
     target, share = _shares(regions)
     token = torch.arange(flat.shape[0], device=flat.device)

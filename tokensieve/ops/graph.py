@@ -113,7 +113,7 @@ def similarity_components(
         # Rounding may lift a cosine above 1, which would link duplicates at a threshold of 1.
         return (units[graph, start:end] @ units[graph, start:].transpose(1, 2)).clamp_max_(1.0)
 
-    return _components(tile, graphs, nodes, threshold, units.device, sampled, max_pairs)
+    return tiled_components(tile, graphs, nodes, threshold, units.device, sampled=sampled, max_pairs=max_pairs)
 
 
 def matrix_components(
@@ -140,23 +140,42 @@ def matrix_components(
     def tile(graph: slice, start: int, end: int) -> Tensor:
         return similarity[graph, start:end, start:]
 
-    return _components(tile, graphs, nodes, threshold, similarity.device, None, max_pairs)
+    return tiled_components(tile, graphs, nodes, threshold, similarity.device, max_pairs=max_pairs)
 
 
-def _components(
+def tiled_components(
     tile: Callable[[slice, int, int], Tensor],
     graphs: int,
     nodes: int,
     threshold: float,
     device: torch.device,
-    sampled: Tensor | None,
-    limit: int,
+    *,
+    sampled: Tensor | None = None,
+    max_pairs: int = DEFAULT_MAX_PAIRS,
 ) -> tuple[Tensor, Tensor]:
-    """Labels and representatives from similarities of rows ``start..end`` with columns from ``start`` on."""
+    """Like ``similarity_components``, for similarities that are handed out piece by piece.
+
+    Parameters
+    ----------
+    tile : callable
+        From a slice of graphs, a first row and a row behind the last one to similarities ``[g, rows, n - first]`` of
+        these rows with the columns from the first row on.
+    graphs, nodes : int
+        G and n.
+    threshold, sampled, max_pairs
+        As there.
+    device : torch.device
+        Where the similarities are.
+
+    Returns
+    -------
+    label, representative : Tensor
+        See ``similarity_components``.
+    """
     total = graphs * nodes
     parent = torch.arange(total, device=device)
     degree = torch.zeros_like(parent)
-    for graph, start, end in _tiles(graphs, nodes, limit):
+    for graph, start, end in _tiles(graphs, nodes, max_pairs):
         pairs = (tile(graph, start, end) > threshold).triu_(1).nonzero()
         first = (pairs[:, 0] + graph.start) * nodes + start + pairs[:, 1]
         second = first - pairs[:, 1] + pairs[:, 2]
