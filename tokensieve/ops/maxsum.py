@@ -12,7 +12,7 @@ from tokensieve.ops.similarity import unit_vectors
 
 Strategy = Literal["auto", "running", "prefetch"]
 
-_AHEAD = 128
+_AHEAD = 256
 _MAX_BYTES = 256 * 1024 * 1024
 _CHOSEN = float("inf")
 
