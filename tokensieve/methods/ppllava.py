@@ -23,7 +23,6 @@ from tokensieve.core.plan import MergeMap, Plan
 from tokensieve.core.registry import register
 from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError
-from tokensieve.models.ppllava.alignment import VALUE_SCALE, cosine_map, relevance_map
 from tokensieve.models.ppllava.pooling import (
     IMAGE_KERNEL,
     TEMPERATURE,
@@ -35,6 +34,7 @@ from tokensieve.models.ppllava.pooling import (
     resolve_window,
     window_weights,
 )
+from tokensieve.models.ppllava.relevance import VALUE_SCALE, cosine_map, relevance_map
 
 PUBLISHED = 1 / 18
 """Retention of the published windows for videos; images keep 1/9 with theirs."""

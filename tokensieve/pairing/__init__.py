@@ -12,7 +12,8 @@ Inside of a compressed run methods ask for the same by signals: ``encoder.aligne
 """
 
 from tokensieve.pairing.geometry import PairSource, VisionGeometry, find_source, list_sources, register_source
-from tokensieve.pairing.pair import Agreement, ClipPair, SiglipPair, TextPair, load_pair, resolve_pair
+from tokensieve.pairing.loading import load_pair, resolve_pair
+from tokensieve.pairing.pair import Agreement, ClipPair, SiglipPair, TextPair
 from tokensieve.pairing.question import Question, find_question, find_tokenizer
 
 __all__ = [

@@ -3,7 +3,8 @@
 The package offers the parts of the model as functions and modules that work on their own:
 
 - :mod:`.pooling`, the parameter-free operator that turns a clip into few tokens,
-- :mod:`.alignment`, relevance maps from the CLIP or SigLIP pair that the host's vision tower belongs to,
+- :mod:`.alignment` and :mod:`.relevance`, relevance maps from the CLIP or SigLIP pair that the host's vision tower
+  belongs to,
 - :mod:`.context`, text towers that read longer questions,
 - :mod:`.bt_adapter`, the temporal branch in the vision tower of the published Vicuna models.
 
@@ -26,14 +27,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tokensieve.models.ppllava.alignment import (
-    Alignment,
-    ClipAlignment,
-    SiglipAlignment,
-    cosine_map,
-    relevance_map,
-    resize_relevance,
-)
+from tokensieve.models.ppllava.alignment import ClipAlignment, SiglipAlignment
 from tokensieve.models.ppllava.context import (
     ExtendedTextEmbeddings,
     extend_context,
@@ -49,6 +43,7 @@ from tokensieve.models.ppllava.pooling import (
     resolve_window,
     window_weights,
 )
+from tokensieve.models.ppllava.relevance import Alignment, cosine_map, relevance_map, resize_relevance
 
 if TYPE_CHECKING:
     from tokensieve.models.ppllava.assembly import assemble, assemble_processor
