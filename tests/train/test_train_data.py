@@ -13,19 +13,21 @@ import torch
 from ppllava_tiny import build
 from train_data import COLOURS, QUESTION, turns
 
-from tokensieve.errors import VideoError
+from tokensieve.errors import HostError, VideoError
 from tokensieve.train import Collator, DataSource, RecordDataset, Sample, TrainConfig, Turn, read_config, read_records
 from tokensieve.train.check import load_samples
 from tokensieve.train.config import TrainingError
 from tokensieve.train.frames import central_indices, frames_at, random_indices, read_frames, video_facts
 from tokensieve.train.records import parse_record
+from tokensieve.world import bundled
 
 VIDEOS = Path(os.environ.get("TOKENSIEVE_DATA_DIR") or Path(__file__).parents[3] / "shared" / "data") / "videos"
 RECIPES = Path(__file__).parents[2] / "tokensieve" / "train" / "recipes"
+LORA = RECIPES / "ppllava-lora-one-gpu.yaml"
 
 
 class TestRecipes:
-    @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+    @pytest.mark.parametrize("path", [*sorted(RECIPES.glob("*-7b-*.yaml")), LORA], ids=lambda path: path.stem)
     def test_published_recipes_are_read(self, path: Path) -> None:
         config = read_config(path)
         assert config.frames == 32 and config.data and config.precision == "bf16" and config.gradient_checkpointing
@@ -33,6 +35,13 @@ class TestRecipes:
             samples = config.batch * config.accumulation * 8
             assert samples == (64 if config.stage == "dpo" else 128)
             assert config.trainer["deepspeed"]["zero_optimization"]["stage"] == (2 if config.stage == "dpo" else 3)
+
+    def test_recipes_of_the_world_name_what_is_bundled(self) -> None:
+        sft, dpo = (read_config(RECIPES / f"ppllava-world-{stage}.yaml") for stage in ("sft", "dpo"))
+        assert (sft.pair, sft.base) == (str(bundled("clip-pair")), str(bundled("video-llm")))
+        assert dpo.stage == "dpo" and dpo.model == "world-sft/model"
+        with pytest.raises(HostError, match="no bundled model 'nothing'"):
+            read_config(RECIPES / "ppllava-world-sft.yaml", {"pair": "bundled:nothing"})
 
     def test_published_numbers(self) -> None:
         sft, dpo, qwen = (

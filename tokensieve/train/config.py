@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokensieve.errors import TokensieveError
+from tokensieve.world.bundled import bundled
 
 __all__ = ["GROUPS", "DataSource", "LoraOptions", "TrainConfig", "TrainingError", "read_config"]
 
@@ -32,6 +33,9 @@ GROUPS = (
 """Groups of parameters that ``trainable`` may name."""
 
 _LARGEST = 2**20
+
+BUNDLED = "bundled:"
+"""Names of models that come with the package start with it: ``bundled:video-llm``."""
 
 
 class TrainingError(TokensieveError):
@@ -101,9 +105,9 @@ class TrainConfig:
         Folder or hub name of a saved PPLLaVA model to go on from. Otherwise a new one is put together from ``pair``
         and ``base`` or ``language_model``.
     pair : str, optional
-        Folder or hub name of a CLIP or SigLIP model.
+        Folder or hub name of a CLIP or SigLIP model, or ``bundled:clip-pair``.
     base, language_model : str, optional
-        Folder or hub name of a LLaVA model, or of a causal language model.
+        Folder or hub name of a LLaVA model (or ``bundled:video-llm``), or of a causal language model.
     model_fields : dict
         Fields of `PPLlavaConfig` for a new model.
     frames : int
@@ -241,8 +245,10 @@ def _resolve_paths(config: TrainConfig, folder: Path) -> None:
         source.media = str(_from(folder, source.media)) if source.media else str(Path(source.path).parent)
     for name in ("model", "pair", "base", "language_model"):
         value = getattr(config, name)
+        if value and value.startswith(BUNDLED):
+            setattr(config, name, str(bundled(value.removeprefix(BUNDLED))))
         # A name on the hub is left alone.
-        if value and (folder / Path(value).expanduser()).exists():
+        elif value and (folder / Path(value).expanduser()).exists():
             setattr(config, name, str(_from(folder, value)))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from tokensieve.world.items import FRAMES_PER_SECOND, WorldItem, items
 from tokensieve.world.words import FAMILIES
 
-QUESTIONS = "questions.jsonl"
+QUESTIONS, CONVERSATIONS, PREFERENCES = "questions.jsonl", "conversations.jsonl", "preferences.jsonl"
 
 
 def write_world(
@@ -26,7 +26,11 @@ def write_world(
     frames: int = 16,
     on_clip: Callable[[], object] = lambda: None,
 ) -> Path:
-    """Write ``videos/*.mp4`` and ``questions.jsonl`` into a folder; clips that are there already are kept.
+    """Write ``videos/*.mp4`` and questions about them into a folder; clips that are there already are kept.
+
+    The same questions come three times: ``questions.jsonl`` for benchmarks, ``conversations.jsonl`` and
+    ``preferences.jsonl`` for training, in the public formats of LLaVA and LLaVA-Hound (the rejected answer is another
+    candidate).
 
     Parameters
     ----------
@@ -40,12 +44,12 @@ def write_world(
     Returns
     -------
     Path
-        The JSONL file: one question per line with ``id``, ``clip``, ``video`` (relative), ``family``, ``question``,
-        ``candidates``, ``answer`` and ``fps``.
+        ``questions.jsonl``: one question per line with ``id``, ``clip``, ``video`` (relative), ``family``,
+        ``question``, ``candidates``, ``answer`` and ``fps``.
     """
     asked = items(split, clips, families, per_clip=per_clip, frames=frames)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    lines = []
+    rows: dict[str, list[dict[str, object]]] = {QUESTIONS: [], CONVERSATIONS: [], PREFERENCES: []}
     last = ""
     for item in asked:
         name = f"videos/{item.clip}-{frames}.mp4"
@@ -55,12 +59,14 @@ def write_world(
                 write_mp4(folder / name, pictures, rate)
             on_clip()
             last = item.clip
-        lines.append(json.dumps(_row(item, name)))
-    target = folder / QUESTIONS
-    part = target.with_suffix(".part")
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    part.replace(target)
-    return target
+        rows[QUESTIONS].append(_row(item, name))
+        rows[CONVERSATIONS].append(_conversation(item, name))
+        rows[PREFERENCES].append(_preference(item, name))
+    for file, found in rows.items():
+        part = (folder / file).with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        part.replace(folder / file)
+    return folder / QUESTIONS
 
 
 def _row(item: WorldItem, video: str) -> dict[str, object]:
@@ -74,6 +80,17 @@ def _row(item: WorldItem, video: str) -> dict[str, object]:
         "answer": item.answer,
         "fps": FRAMES_PER_SECOND,
     }
+
+
+def _conversation(item: WorldItem, video: str) -> dict[str, object]:
+    said = [{"from": "human", "value": f"<video>\n{item.question}"}, {"from": "gpt", "value": item.answer}]
+    return {"id": item.id, "video": video, "conversations": said}
+
+
+def _preference(item: WorldItem, video: str) -> dict[str, object]:
+    others = [word for word in item.candidates if word != item.answer]
+    rejected = others[int(np.random.default_rng((*item.scene.seed, 4)).integers(len(others)))]
+    return {"id": item.id, "video": video, "prompt": item.question, "chosen": item.answer, "rejected": rejected}
 
 
 def write_mp4(path: Path, frames: np.ndarray, rate: float) -> None:
