@@ -43,6 +43,14 @@ class TestRecipes:
         with pytest.raises(HostError, match="no bundled model 'nothing'"):
             read_config(RECIPES / "ppllava-world-sft.yaml", {"pair": "bundled:nothing"})
 
+    def test_recipes_by_name_start_from_the_current_folder(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.chdir(tmp_path)
+        config = read_config("ppllava-world-sft")
+        assert config.output == str(tmp_path / "world-sft")
+        assert config.data[0].path == str(tmp_path / "world" / "conversations.jsonl")
+        with pytest.raises(TrainingError, match="cannot be read"):
+            read_config("ppllava-world-none")
+
     def test_published_numbers(self) -> None:
         sft, dpo, qwen = (
             read_config(RECIPES / f"ppllava-{name}.yaml")

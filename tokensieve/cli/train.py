@@ -26,7 +26,13 @@ def _root() -> None:
 @train_app.command("ppllava")
 def train_ppllava(
     config: Annotated[
-        Path, typer.Option("--config", "-c", help="Recipe (YAML); see docs/training-ppllava.md.", show_default=False)
+        Path,
+        typer.Option(
+            "--config",
+            "-c",
+            help="Recipe (YAML), or the name of one that comes with the package; see docs/training-ppllava.md.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder instead of the recipe's.", show_default=False)

@@ -34,6 +34,8 @@ GROUPS = (
 
 _LARGEST = 2**20
 
+RECIPES = Path(__file__).parent / "recipes"
+
 BUNDLED = "bundled:"
 """Names of models that come with the package start with it: ``bundled:video-llm``."""
 
@@ -206,7 +208,8 @@ def read_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> T
     Parameters
     ----------
     path : str or Path
-        YAML (or JSON) with the fields of `TrainConfig`.
+        YAML (or JSON) with the fields of `TrainConfig`, or the name of a recipe that comes with the package
+        (``"ppllava-world-sft"``), whose relative paths start from the current folder.
     changes : mapping, optional
         Fields that win over those of the file.
 
@@ -223,6 +226,9 @@ def read_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> T
     import yaml  # type: ignore[import-untyped]
 
     file = Path(path).expanduser()
+    folder = file.resolve().parent
+    if not file.exists() and (RECIPES / f"{path}.yaml").is_file():
+        file, folder = RECIPES / f"{path}.yaml", Path.cwd()
     try:
         if file.stat().st_size > _LARGEST:
             raise TrainingError(f"{path} is larger than 1 MiB, which no recipe is; check the path.")
@@ -234,7 +240,7 @@ def read_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> T
     if not isinstance(stated, dict):
         raise TrainingError(f"{path} holds no fields; write lines such as 'stage: sft'.")
     config = _build(TrainConfig, {**stated, **(changes or {})}, str(path))
-    _resolve_paths(config, file.resolve().parent)
+    _resolve_paths(config, folder)
     return config
 
 
