@@ -109,6 +109,11 @@ def _filled(empty: nn.Module, config: Any, device: torch.device, dtype: torch.dt
     return model.to(device).eval()
 
 
+def _percent(share: float) -> str:
+    """Two digits, however small."""
+    return f"{100 * share:.2g} %" if share < 1 else "100 %"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ppllava_operator", description=__doc__.splitlines()[0])
@@ -148,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for name in calls:
         spent = median(seconds[name])
-        rows.append([name, in_seconds(spent), f"{spent / whole:.2%}", f"{peaks[name] / 1e6:.0f} MB"])
+        rows.append([name, in_seconds(spent), _percent(spent / whole), f"{peaks[name] / 1e6:.0f} MB"])
     window = resolve_window((arguments.frames, arguments.side, arguments.side))
     patches = arguments.frames * arguments.side**2
     title = (
@@ -156,8 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"by {VIDEO_KERNEL}, beside the prefill of the language model ({arguments.dtype}, {device.type}, one thread)"
     )
     show(title, COLUMNS, rows)
+    rounds = len(seconds[ALL])
     notes = [
         SHARED,
+        f"Medians of {rounds} rounds." if rounds > 1 else "A single round.",
         f"language model: {arguments.depth} layers of width {arguments.width} with {patches} or {window.tokens} visual "
         f"tokens and {arguments.prompt} of text; {arguments.layers} layers were run"
         + (f", times are {factor:g} times theirs." if factor != 1 else "."),
