@@ -150,7 +150,7 @@ def test_search_meets_the_retention(retention: float) -> None:
 def test_search_without_the_matrix_of_all_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
     features = _clip(6, 30, 32, noise=0.3)
     with_matrix = llava_scissor.search_regions(features, 0.3)
-    monkeypatch.setattr(llava_scissor, "_MAX_COSINES", 0)
+    monkeypatch.setattr(llava_scissor, "stores_pairs", lambda tokens, width: False)
     without = llava_scissor.search_regions(features, 0.3)
     assert with_matrix[0] == without[0]
     assert with_matrix[1].source.tolist() == without[1].source.tolist()

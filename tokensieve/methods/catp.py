@@ -25,7 +25,7 @@ from tokensieve.errors import MethodError
 from tokensieve.ops.facility import greedy_cover
 from tokensieve.ops.graph import cosine_matrix
 from tokensieve.ops.select import top_indices
-from tokensieve.ops.similarity import as_float32, unit_vectors
+from tokensieve.ops.similarity import as_float32, stores_pairs, unit_vectors
 
 ALIGNMENT_WEIGHT = 0.7
 LIKENESS_WEIGHT = 0.6
@@ -33,8 +33,6 @@ LAYER = 6
 LAST, EARLIER_LAST = "decoder.last_query_attention", "decoder.earlier_last_query_attention"
 TEXT_STATES = "decoder.text_states"
 Pairing = Literal["behind", "before"]
-_MAX_STORED = 64 * 1024 * 1024
-"""Similarities between the tokens of a picture or video that are stored (256 MiB)."""
 _ROUNDING = 1e-9
 """Added before cutting off fractions, so that 10 tokens at a ratio of 0.9 leave one in spite of float64 rounding."""
 
@@ -138,7 +136,7 @@ def select_covering(
 def _similarities(features: Tensor) -> Callable[[Tensor], Tensor]:
     """Rows of ``rescaled_cosine(features, features)`` by token ids, stored where they do not take too much."""
     units = unit_vectors(features).float()
-    if units.shape[0] ** 2 <= _MAX_STORED:
+    if stores_pairs(*units.shape):
         return cosine_matrix(units).add_(1).div_(2).clamp_min_(0).__getitem__
     return lambda ids: (units[ids] @ units.T).add_(1).div_(2).clamp_(0, 1)
 

@@ -25,7 +25,7 @@ from tokensieve.errors import MethodError
 from tokensieve.ops.allocate import keep_count
 from tokensieve.ops.graph import cosine_matrix, matrix_components, similarity_components, tiled_components
 from tokensieve.ops.merge import MergedTokens, MergeMap, gathered_sum, grouped_sum, mean_merge
-from tokensieve.ops.similarity import UNIT_EPSILON, as_float32, unit_vectors
+from tokensieve.ops.similarity import UNIT_EPSILON, as_float32, stores_pairs, unit_vectors
 
 TAU = 0.9
 """Threshold of the released checkpoint."""
@@ -35,8 +35,6 @@ _STEP = 0.05
 _TRIES = 16
 _UNLINKED = -2.0
 _MAX_PAIRS = 4 * 1024 * 1024
-_MAX_COSINES = 128 * 1024 * 1024
-"""Cosines between all tokens of a video are stored during the search up to this number (512 MiB)."""
 
 
 class Regions(NamedTuple):
@@ -287,7 +285,7 @@ def search_regions(
     frames, total = features.shape[0], features.shape[0] * features.shape[1]
     target = keep_count(total, retention)
     cosines: _Cosines | None = None
-    if total * total <= _MAX_COSINES:
+    if stores_pairs(total, features.shape[2]):
         flat = as_float32(features).flatten(0, 1)
         cosines = _Cosines(cosine_matrix(unit_vectors(flat)), flat.norm(dim=1))
 

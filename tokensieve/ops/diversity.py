@@ -162,7 +162,7 @@ def _nearest_pruned(units: Tensor, columns: int = 256, probes: int = 16) -> Tens
     return nearest
 
 
-def _guessed_nearest(units: Tensor, width: int = 64, rows: int = 512) -> Tensor:
+def _guessed_nearest(units: Tensor, width: int = 64, rows: int = 256) -> Tensor:
     """Similarity of each token to another one that is likely its nearest, found on a few random directions."""
     generator = torch.Generator().manual_seed(0)
     sketch = units @ torch.randn(units.shape[1], width, generator=generator).to(units)

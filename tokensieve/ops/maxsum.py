@@ -84,7 +84,8 @@ def _prefetched(units: Tensor, count: int, first: int) -> tuple[Tensor, Tensor]:
     order, sums = [first], [0.0]
     total = units.new_zeros(units.shape[0])
     rows: dict[int, Tensor] = {}
-    limit = max(2 * _AHEAD, _MAX_BYTES // (4 * units.shape[0]))
+    # Rows wait for their turn in at most twice the memory of the features.
+    limit = max(2 * _AHEAD, min(_MAX_BYTES // (4 * units.shape[0]), 2 * units.shape[1]))
     while len(order) < count:
         idx = order[-1]
         if idx not in rows:

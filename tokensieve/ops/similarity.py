@@ -8,6 +8,29 @@ import torch
 from torch import Tensor
 
 UNIT_EPSILON = 1e-12
+_PAIR_BYTES = 256 * 1024 * 1024
+_PAIRS_PER_CHANNEL = 8
+
+
+def stores_pairs(tokens: int, width: int) -> bool:
+    """Whether similarities between all pairs of tokens may be stored.
+
+    They take no more than 256 MiB then, and less than what a language model of this width needs to read the tokens:
+    its feed-forward part alone holds some twelve numbers per token and channel.
+
+    Parameters
+    ----------
+    tokens : int
+        n; a matrix has n x n float32 numbers.
+    width : int
+        D, channels of a token.
+
+    Returns
+    -------
+    bool
+        False asks for an algorithm that computes them piece by piece.
+    """
+    return tokens <= _PAIRS_PER_CHANNEL * width and 4 * tokens * tokens <= _PAIR_BYTES
 
 
 def as_float32(tensor: Tensor) -> Tensor:
