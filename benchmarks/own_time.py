@@ -378,8 +378,8 @@ def notes_of(numbers: dict[str, dict[str, float | int]], speed: float, case: Cas
         "embeddings, attention rows, keys and values. The trained weights of explainability-compression are random "
         "ones of the published size.",
         "tower signals: in how many layers of the vision tower a method needs attention to every patch, and what "
-        f"reading that of {case.frames} frames of {(SIGLIP['image_size'] // SIGLIP['patch_size']) ** 2} patches costs; counted "
-        "in `own / saved`. Other signals (a class token's row, keys, text towers, attention inside the LLM) are not "
+        f"reading that of {case.frames} frames of {(SIGLIP['image_size'] // SIGLIP['patch_size']) ** 2} patches costs; "
+        "counted in `own / saved`. Other signals (a class token's row, keys, text towers, attention inside the LLM) are not "
         "timed. Whether this tower has the signal at all is not asked here.",
         f"tome, flowcut: what they do inside of {FACTS.feature_layer + 1} blocks of a tower of SigLIP-so400m's width "
         f"({SIGLIP['num_attention_heads']} heads of 72, states of {SIGLIP['hidden_size']}) over "
@@ -389,8 +389,8 @@ def notes_of(numbers: dict[str, dict[str, float | int]], speed: float, case: Cas
         "Seconds are processor time of one thread, which other work on the machine hardly changes.",
         f"prefill saved: operations of a language model of the sizes of Qwen2-7B with {TEXT} text tokens (two per "
         "multiply-accumulate, attention as the full square) in every layer with all patches, less those with the "
-        f"patches that the method leaves there, over {speed / 1e9:.0f} GFLOP/s, the matrix throughput of this thread in this "
-        "run; arithmetic, not a measured prefill.",
+        f"patches that the method leaves there, over {speed / 1e9:.0f} GFLOP/s, the matrix throughput of this thread in "
+        "this run; arithmetic, not a measured prefill.",
     ]
     if costs:
         worst = max(costs, key=lambda name: costs[name])

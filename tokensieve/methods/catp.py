@@ -128,8 +128,8 @@ def select_covering(
     if text is not None:
         mean = as_float32(text).mean(dim=0, keepdim=True)
         bonus = weight * rescaled_cosine(features, mean)[:, 0]
-    similarity = _similarities(features)
-    order, _ = greedy_cover(similarity, similarity, torch.zeros(features.shape[0], device=features.device), count, bonus)
+    similarity, nothing = _similarities(features), torch.zeros(features.shape[0], device=features.device)
+    order, _ = greedy_cover(similarity, similarity, nothing, count, bonus)
     return order.sort().values, order
 
 
