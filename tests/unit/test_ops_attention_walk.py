@@ -37,6 +37,10 @@ def test_heads_that_share_keys() -> None:
     logits = (q @ k.repeat_interleave(2, 1).transpose(2, 3))[0] * 0.3
     expected = walk_mass(logits.masked_fill(~mask, float("-inf"))).square().mean(0).sqrt()
     torch.testing.assert_close(found, expected)
+    in_parts = walk_importance(
+        q, k, lambda part: mask[part], torch.arange(7), total=7, scale=0.3, max_bytes=4 * 4 * 7 * 2
+    )
+    torch.testing.assert_close(in_parts, expected)
 
 
 def test_mass_that_goes_to_earlier_turns_is_lost() -> None:

@@ -96,8 +96,12 @@ class LayerAttention:
     def walk(self, rows: Tensor, total: int) -> Tensor:
         """Importance [L] of the present tokens by a random walk over the tokens ``rows``; zero elsewhere."""
         importance = self.hidden.new_zeros(self.hidden.shape[1], dtype=torch.float32)
-        places, mask = rows.to(self.hidden.device), self.mask(rows)
-        found = walk_importance(self.queries(rows), self.keys(), mask, rows + self.past, total, self.module.scaling)
+        places, columns = rows.to(self.hidden.device), rows + self.past
+
+        def mask(part: slice) -> Tensor:
+            return self.mask(rows[part])
+
+        found = walk_importance(self.queries(rows), self.keys(), mask, columns, total, self.module.scaling)
         importance[places] = found.to(importance)
         return importance
 

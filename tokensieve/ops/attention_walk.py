@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tokensieve.errors import MethodError
+from tokensieve.ops.attention import DEFAULT_MAX_BYTES
 from tokensieve.ops.similarity import as_float32
 
 TEMPERATURE = 0.1
 ITERATIONS = 5
+_COPIES = 4
+"""Matrices that live at the same time for the rows that are handled together."""
 
 
 def walk_mass(
@@ -57,9 +62,16 @@ def walk_mass(
 
 
 def walk_importance(
-    q: Tensor, k: Tensor, mask: Tensor, columns: Tensor, total: int | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | Callable[[slice], Tensor],
+    columns: Tensor,
+    total: int | None = None,
+    scale: float | None = None,
+    *,
+    max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Tensor:
-    """Root mean square over heads of `walk_mass`, one head at a time.
+    """Root mean square over heads of `walk_mass`, one head and some rows at a time.
 
     Parameters
     ----------
@@ -67,25 +79,41 @@ def walk_importance(
         ``[1, H, L, d]`` rotated queries of the tokens that walk.
     k : Tensor
         ``[1, H_kv, K, d]`` rotated keys.
-    mask : Tensor
-        ``[L, K]`` bool, true where a token may look.
+    mask : Tensor or callable
+        ``[L, K]`` bool, true where a token may look; or a function from a slice of the L tokens to their rows of it.
     columns : Tensor
         ``[L]`` int64 places of the walking tokens among the keys.
     total : int, optional
         See `walk_mass`.
     scale : float, optional
         Factor of the logits; ``d ** -0.5`` by default.
+    max_bytes : int
+        Memory for attention. The rows of a head that do not fit are computed again in every step of the walk.
 
     Returns
     -------
     Tensor
         ``[L]`` float32.
     """
-    heads, groups = q.shape[1], q.shape[1] // k.shape[1]
+    heads, groups, length = q.shape[1], q.shape[1] // k.shape[1], q.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    squares = torch.zeros(q.shape[2], device=q.device)
-    blocked = ~mask.to(q.device)
+    squares = torch.zeros(length, device=q.device)
+    rows = max(1, max_bytes // (_COPIES * 4 * max(k.shape[2], 1)))
+    parts = [slice(start, start + rows) for start in range(0, length, rows)]
     for head in range(heads):
-        logits = as_float32(q[0, head]) @ as_float32(k[0, head // groups]).T * scale
-        squares += walk_mass(logits.masked_fill(blocked, float("-inf"))[None], total, columns=columns)[0].square()
+        keys = as_float32(k[0, head // groups]).T
+
+        def step(part: slice, head: int = head, keys: Tensor = keys) -> Tensor:
+            seen = (mask(part) if callable(mask) else mask[part]).to(q.device)
+            logits = (as_float32(q[0, head, part]) @ keys).mul_(scale / TEMPERATURE)
+            return logits.masked_fill_(~seen, float("-inf")).softmax(dim=-1).index_select(1, columns.to(q.device))
+
+        stored = [step(part) for part in parts] if len(parts) == 1 else None
+        mass = torch.full((length,), 1 / (total or length), device=q.device)
+        for _ in range(ITERATIONS):
+            reached = torch.zeros_like(mass)
+            for number, part in enumerate(parts):
+                reached += mass[part] @ (stored[number] if stored else step(part))
+            mass = reached
+        squares += mass.square()
     return (squares / heads).sqrt()
