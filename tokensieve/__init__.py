@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tokensieve.core.compose import list_compositions
 from tokensieve.core.layout import Layout
 from tokensieve.core.method import Method, Selector
 from tokensieve.core.plan import MergeMap, Plan
@@ -37,6 +38,7 @@ __all__ = [
     "attach",
     "compress",
     "detach",
+    "list_compositions",
     "list_hosts",
     "list_methods",
     "method_class",

@@ -1,8 +1,9 @@
-"""``tokensieve list``: methods, hosts and signals, from the metadata of their classes."""
+"""``tokensieve list``: methods, their compositions, hosts and signals, from the metadata of their classes."""
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from tokensieve.cli import _options as options
 from tokensieve.cli._console import out, show_json
 from tokensieve.errors import HostError, MethodError
 
-list_app = typer.Typer(help="List methods, hosts or signals.", no_args_is_help=True)
+list_app = typer.Typer(help="List methods, compositions, hosts or signals.", no_args_is_help=True)
 
 Pattern = Annotated[str, typer.Argument(help="Wildcard pattern such as 'vid*'.")]
 _ARXIV = "https://arxiv.org/abs/"
@@ -73,6 +74,32 @@ def list_hosts_command(pattern: Pattern = "*", as_json: options.Json = False) ->
         return
     rows = ((cls.slug, cls.title, ", ".join(cls.model_types), cls.layout_note) for cls in classes)
     out.print(_table(("host", "title", "model types", "visual tokens"), rows))
+
+
+@list_app.command("compositions")
+def list_compositions_command(
+    pattern: Pattern = "*",
+    layers: Annotated[int, typer.Option(help="Depth of the LLM; cuts of two methods may fall together.")] = 28,
+    refused: Annotated[bool, typer.Option("--refused", help="Those that are refused, with the reason.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """List which methods act together, and which frame budgets steer which methods."""
+    from tokensieve.core.compose import REFERENCE, list_compositions
+
+    facts = dataclasses.replace(REFERENCE, decoder_layers=layers)
+    found = [
+        composition
+        for composition in list_compositions(facts)
+        if composition.allowed != refused and fnmatch.fnmatch(composition.notation, pattern)
+    ]
+    if not found:
+        raise MethodError(f"No {'refused' if refused else 'allowed'} composition matches {pattern!r}; try '*fastv*'.")
+    if as_json:
+        show_json([{**dataclasses.asdict(item), "notation": item.notation} for item in found])
+        return
+    header = ("composition", "why not") if refused else ("composition", "kind")
+    kinds = {True: "frame budget", False: "two methods"}
+    out.print(_table(header, ((item.notation, item.reason or kinds[item.budget]) for item in found)))
 
 
 @list_app.command("signals")

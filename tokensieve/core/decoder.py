@@ -30,7 +30,6 @@ from tokensieve.core.plan import Plan
 from tokensieve.core.prompt_state import Aside, Prompt
 from tokensieve.core.sample import HostFacts, PromptSample
 from tokensieve.core.sampling import decoder_sample
-from tokensieve.errors import MethodError
 from tokensieve.hosts.base import Host
 
 
@@ -364,27 +363,9 @@ class DecoderStage:
 
 
 def _collect(methods: Sequence[Method], facts: HostFacts) -> dict[Cut, tuple[int, Method]]:
-    """Cuts of all methods -> number and method, or a MethodError for cuts that cannot go together."""
-    cuts: dict[Cut, tuple[int, Method]] = {}
-    owners: dict[int, Method] = {}
-    for number, method in enumerate(methods):
-        for cut in method.decoder_cuts(facts) if method.retention < 1.0 else ():
-            other = owners.setdefault(cut.first, method)
-            if other is not method:
-                raise MethodError(
-                    f"{method.name} and {other.name} both cut in front of layer {cut.first}; give one of them another "
-                    "layer."
-                )
-            cuts[cut] = (number, method)
-    for cut, (_, method) in cuts.items():
-        if cut.restore:
-            between = [m.name for other, (_, m) in cuts.items() if other.first < cut.first and m is not method]
-            if between:
-                raise MethodError(
-                    f"{method.name} brings tokens back in front of layer {cut.layer}, but {between[0]} cuts before; "
-                    "give that one a later layer."
-                )
-    return cuts
+    """Cuts of all methods -> number and method."""
+    acting = [(number, method) for number, method in enumerate(methods) if method.retention < 1.0]
+    return {cut: (number, method) for number, method in acting for cut in method.decoder_cuts(facts)}
 
 
 def _left_out(places: Tensor, plan: Plan | None) -> Tensor:

@@ -18,7 +18,6 @@ from tokensieve.core.ledger import Ledger
 from tokensieve.core.masks import causal_mask, on_device, shifted_tables
 from tokensieve.core.method import Method
 from tokensieve.core.sample import HostFacts, StepSample
-from tokensieve.errors import MethodError
 from tokensieve.hosts.base import Host
 from tokensieve.ops.attention import query_attention
 
@@ -34,11 +33,6 @@ class DecodingStage:
         Methods of the run; at most one may select cache entries.
     clock
         Called with a stage name; returns a context manager that times it.
-
-    Raises
-    ------
-    MethodError
-        When several methods select cache entries.
     """
 
     def __init__(
@@ -53,9 +47,6 @@ class DecodingStage:
         self.host, self.text_model, self.layers, self.facts, self.clock = host, text_model, layers, facts, clock
         acting = [(method, method.decoding_layer(facts)) for method in methods if method.retention < 1.0]
         chosen = [(method, layer) for method, layer in acting if layer is not None]
-        if len(chosen) > 1:
-            names = " and ".join(method.name for method, _ in chosen)
-            raise MethodError(f"Only one method may select cache entries while decoding, not {names}.")
         self.method: Method | None = chosen[0][0] if chosen else None
         self.first = chosen[0][1] if chosen else len(layers)
         self._ledger: Ledger | None = None

@@ -19,6 +19,7 @@ from tokensieve.core.compactor import (
     gather_sequence,
     renumbered,
 )
+from tokensieve.core.compose import check_composition
 from tokensieve.core.decoder import DecoderStage
 from tokensieve.core.first_attention import FIRST, FirstAttention
 from tokensieve.core.ledger import Ledger
@@ -66,6 +67,7 @@ class Run:
         check_composition(self.methods)
         for method in self.methods:
             method.check_host(self.facts)
+        check_composition(self.methods, self.facts)
         self.requests = tower_requests(self.base, host, self.methods, self.facts)
         self.clock = Clock()
         self.memory = PeakMemory(next(model.parameters()).device)
@@ -375,17 +377,6 @@ def base_model(model: nn.Module) -> nn.Module:
 def attached(model: nn.Module) -> Run | None:
     """The run that a model carries, if any."""
     return vars(model).get(_MARK)
-
-
-def check_composition(methods: Sequence[Method]) -> None:
-    """Raise MethodError for methods that cannot act together."""
-    for stage in ("frames", "encoder", "tokens"):
-        acting = [m.name for m in methods if stage in m.stages]
-        if len(acting) > 1:
-            raise MethodError(
-                f"Only one method may act at the {stage} stage, not {' and '.join(acting)}; compose methods of "
-                "different stages, or give a selector a frame budget (budget='vidcom2')."
-            )
 
 
 def tower_requests(base: nn.Module, host: Host, methods: Sequence[Method], facts: Any) -> list[SignalRequest]:
