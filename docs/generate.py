@@ -1,7 +1,8 @@
 """Writes the generated parts of the documentation from class metadata; ``--check`` only compares.
 
-Generated: docs/methods.md, docs/methods/*.md, docs/hosts.md, and the tables between the markers of README.md and
-docs/world.md. Measured columns come from the files in benchmarks/results; what is not there is "not measured".
+Generated: docs/methods.md, docs/methods/*.md, docs/compositions.md, docs/hosts.md, and the tables between the markers
+of README.md and docs/world.md. Measured columns come from the files in benchmarks/results; what is not there is "not
+measured".
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import inspect
 import json
 import re
@@ -16,15 +18,17 @@ import sys
 from pathlib import Path
 
 from tokensieve import list_hosts, list_methods, method_class
+from tokensieve.core.budget import list_budgets
+from tokensieve.core.compose import ALONE, REFERENCE, Composition, list_compositions
 from tokensieve.core.method import Method
 from tokensieve.core.sample import HostFacts
-from tokensieve.hosts import Host, host_class
+from tokensieve.hosts import Host, host_class, host_for, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "data"
 RESULTS = ROOT / "benchmarks" / "results"
 SHOWN = ("0.25", "0.1")
-"""Retentions whose kept accuracy the method table shows."""
+"""Retentions whose kept accuracy the short table of the README shows; the full one shows all that were measured."""
 CONTROLS_LAST = {"exact": 0, "mostly": 0, "inferred": 0, "control": 1}
 
 
@@ -66,6 +70,11 @@ def _seconds(value: float) -> str:
     return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
 
 
+def _percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")
+
+
+@functools.cache
 def kept_shares() -> dict[tuple[str, str], str]:
     """Accuracy kept in percent by method and retention, as ``tokensieve bench`` measured it."""
     target = RESULTS / "world_bench" / "results.csv"
@@ -73,7 +82,14 @@ def kept_shares() -> dict[tuple[str, str], str]:
         return {}
     with target.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["family"] == "all" and row["kept"]]
-    return {(row["method"], row["retention"]): f"{float(row['kept']):.0%}".replace("%", " %") for row in rows}
+    return {(row["method"], row["retention"]): _percent(float(row["kept"])) for row in rows}
+
+
+def retentions() -> list[str]:
+    """Retentions that were measured for more than one method, largest first; those of the README at least."""
+    measured = [retention for _, retention in kept_shares()]
+    found = {retention for retention in measured if measured.count(retention) > 1} | set(SHOWN)
+    return sorted((text for text in found if 0 < float(text) < 1), key=float, reverse=True)
 
 
 def accuracy_table() -> str:
@@ -96,14 +112,50 @@ def method_table() -> str:
             ", ".join(cls.stages),
             cls.kind,
             cls.fidelity,
-            golden_cases(cls),
             times.get(cls.name, "not measured"),
             *(kept.get((cls.name, retention), "not measured") for retention in SHOWN),
         ]
         for cls in methods()
     ]
-    header = ["name", "method", "venue", "stage", "kind", "fidelity", "reference cases", "own time"]
-    return table([*header, *(f"kept at {float(retention):.0%}".replace("%", " %") for retention in SHOWN)], rows)
+    header = ["name", "method", "venue", "stage", "kind", "fidelity", "own time"]
+    return table([*header, *(f"kept at {_percent(float(retention))}" for retention in SHOWN)], rows)
+
+
+def full_table() -> str:
+    """Everything that is declared or was measured about every method."""
+    times, kept, shown = own_times(), kept_shares(), retentions()
+    rows = []
+    for cls in methods():
+        served = sum(cell(cls, host)[0] == "yes" for host in hosts())
+        rows.append(
+            [
+                f"[`{cls.name}`](methods/{cls.name}.md)",
+                link(cls),
+                cls.venue or "-",
+                ", ".join(cls.stages),
+                signals_of(cls),
+                cls.kind,
+                "yes" if cls.exact_count else "no",
+                "yes" if cls.causal else "no",
+                "yes",
+                f"{served} of {len(hosts())}",
+                cls.fidelity,
+                golden_cases(cls),
+                times.get(cls.name, "not measured"),
+                *(kept.get((cls.name, retention), "not measured") for retention in shown),
+            ]
+        )
+    header = ["name", "method", "venue", "stage", "signals", "kind", "exact count", "causal", "batch > 1", "hosts"]
+    header += ["fidelity", "reference cases passed", "own time"]
+    return table([*header, *(f"kept at {_percent(float(retention))}" for retention in shown)], rows)
+
+
+TABLE_NOTES = """*Signals*: what a method reads, on a host with a class token where it has the choice. *Exact count*:
+the number of kept tokens follows from geometry. *Causal*: a frame is decided without later ones. *Batch > 1*: rows of a
+padded batch equal rows alone; tested for every method and host. *Reference cases*: outputs of reference implementations
+that the tests compare with; `make test` fails where one does not match. *Own time*: the decision alone for 32 frames of
+196 tokens of width 3584, one thread ([own_time.md](../benchmarks/results/own_time.md)). *Kept*: accuracy on the bundled
+model as a share of the full model's ([results](../benchmarks/results/world_bench/results.csv))."""
 
 
 def host_table(prefix: str = "") -> str:
@@ -114,8 +166,21 @@ def host_table(prefix: str = "") -> str:
     return table(["host", "family", "takes", "visual tokens"], rows)
 
 
+@functools.cache
+def bare(slug: str) -> tuple[Host, object, HostFacts]:
+    """Host, base model and facts of a tiny checkpoint of a family."""
+    model, _ = tiny.build_in_memory(slug)
+    host = host_for(model)
+    return host, model.base_model, host.facts(model.base_model)
+
+
 def cell(method: type[Method], host: type[Host]) -> tuple[str, str]:
-    """Whether a method runs on a host, and the condition or restriction."""
+    """Whether a method runs on a host, and the condition or the reason."""
+    found, base, facts = bare(host.slug)
+    names = [request.partition("@")[0] for request in method().signals(facts)]
+    for name in names:
+        if found.availability(name, base, text_tower="named") == "absent":
+            return "no", f"{name}: {found.why_absent(name)}"
     if "frames" in method.stages and "video" not in host.modalities and host.slug != "internvl":
         return "yes", "pictures have no frames to leave out"
     if "frames" in method.stages and not host.drops_frames:
@@ -139,6 +204,72 @@ def matrix() -> str:
         rows.append(row)
     text = table(["method", *(f"`{host.slug}`" for host in hosts())], rows)
     return text + "\n\n" + "\n".join(f"{i + 1}. {note}." for i, note in enumerate(notes))
+
+
+def composition_page() -> str:
+    """Which methods act together."""
+    found = list_compositions()
+    budgets = [item for item in found if item.budget and item.allowed]
+    steered = [f"`{cls.name}`" for cls in methods() if any(item.second == cls.name for item in budgets)]
+    pairs = {(item.first, item.second): item for item in found if not item.budget}
+    inside = [cls for cls in methods() if not set(ALONE) & set(cls.stages)]
+    notes: list[str] = []
+    rows = []
+    for first in [cls for cls in methods() if cls not in inside and cls.kind != "none"]:
+        row = [f"`{first.name}`"]
+        for second in inside:
+            row.append(_composition_cell(pairs[first.name, second.name], notes))
+        rows.append(row)
+    among = [[f"`{first.name}`", *(_among(pairs, first, second, notes) for second in inside)] for first in inside]
+    header = ["", *(f"`{cls.name}`" for cls in inside)]
+    listed = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
+    return f"""# Compositions
+
+<!-- generated by docs/generate.py from tokensieve/core/compose.py -->
+
+`a+b` runs two methods, `a:budget=b` lets a frame budget decide how many tokens every frame keeps. What goes together
+follows from what the classes declare; `tokensieve.list_compositions()` and `tokensieve list compositions` (with
+`--refused` for the reasons) say the same. A test walks all of them on tiny models: every allowed one runs and keeps
+what was promised, every refused one is refused with the declared reason.
+
+1. At the stages *frames*, *encoder* and *tokens* only one method may act. A pair of two such methods of one stage is
+   refused.
+2. Methods that only act in front of the LLM go with all that only act inside.
+3. Two methods that both act inside go together while they cut at different layers, and while none brings tokens back
+   that the other cut meanwhile. The tables hold the default options on an LLM with {REFERENCE.decoder_layers} layers
+   (`--layers` for another depth); a clash is solved by giving one of them another layer.
+4. Only one method may select cache entries while an answer is decoded.
+
+## Frame budgets
+
+{" and ".join(f"`{name}`" for name in list_budgets())} go with every method that accepts one: {", ".join(steered)}.
+Others take no frame budget, since their number of tokens follows from another rule, and say so.
+
+## In front of the LLM, then inside it
+
+{table(header, rows)}
+
+## Inside the LLM, both
+
+{table(header, among)}
+
+{listed}
+"""
+
+
+def _composition_cell(item: Composition, notes: list[str]) -> str:
+    if item.allowed:
+        return "yes"
+    if item.reason not in notes:
+        notes.append(item.reason)
+    return f"no ({notes.index(item.reason) + 1})"
+
+
+def _among(
+    pairs: dict[tuple[str, str], Composition], first: type[Method], second: type[Method], notes: list[str]
+) -> str:
+    item = pairs.get((first.name, second.name)) or pairs.get((second.name, first.name))
+    return "-" if item is None else _composition_cell(item, notes)
 
 
 def signals_of(cls: type[Method]) -> str:
@@ -225,9 +356,11 @@ def pages() -> dict[Path, str]:
     found = {
         ROOT / "README.md": readme,
         ROOT / "docs" / "world.md": world,
-        ROOT / "docs" / "methods.md": f"# Methods\n\n{note}\n{method_table().replace('docs/methods/', 'methods/')}\n\n"
+        ROOT / "docs" / "methods.md": f"# Methods\n\n{note}\n{full_table()}\n\n{TABLE_NOTES}\n\n"
         f"## Which method runs on which host\n\nEvery cell is tested: the invariants of "
-        f"`tests/invariants/test_matrix.py` run over the whole matrix.\n\n{matrix()}\n",
+        f"`tests/invariants/test_matrix.py` run over the whole matrix, and where a host lacks a "
+        f"signal, the refusal. Methods that need a text tower are named one where none is known.\n\n{matrix()}\n",
+        ROOT / "docs" / "compositions.md": composition_page(),
         ROOT / "docs" / "hosts.md": f"# Hosts\n\n{note}\n{host_table()}\n",
     }
     for cls in methods():
