@@ -12,8 +12,8 @@ from tokensieve.ops.similarity import as_float32
 
 Rows = Callable[[Tensor], Tensor]
 
-_BLOCK = 128
-"""Rows of similarities that are looked at together."""
+_BLOCK = 1 << 20
+"""Similarities that are looked at together."""
 _TIE = 1e-6
 """Gains closer than this are ties: two tokens that are each other's best cover gain exactly the same, up to the
 rounding of the similarities, and the lower index must win everywhere."""
@@ -61,9 +61,10 @@ def greedy_cover(
     ----------
     rows, columns : callable
         From token ids ``[b]`` to the similarities ``[b, n]`` with which they cover all tokens, and with which all
-        tokens cover them; float32 and not negative. One function where similarities are symmetric.
+        tokens cover them; float32. One function where similarities are symmetric.
     cover : Tensor
-        ``[n]`` how well every token is covered beforehand, normally zeros; float32.
+        ``[n]`` how well every token is covered beforehand, float32; no more than any similarity to it for the gains
+        of `greedy_facility_location`.
     count : int
         Number of tokens to choose, limited to n.
     bonus : Tensor, optional
@@ -89,8 +90,8 @@ def greedy_cover(
         raise MethodError(f"covering needs one bonus per token, but the shape is {tuple(bonus.shape)} for {total}.")
     cover = cover.clone()
     gain = cover.new_zeros(total, dtype=torch.float64) if bonus is None else bonus.to(device).double()
-    everything = torch.arange(total, device=device)
-    for part in everything.split(_BLOCK) if total else ():
+    everything, block = torch.arange(total, device=device), max(1, _BLOCK // max(total, 1))
+    for part in everything.split(block) if total else ():
         gain = gain + (columns(part) - cover[part].unsqueeze(1)).clamp_min_(0).sum(dim=0, dtype=torch.float64)
     order: list[int] = []
     gains: list[float] = []
@@ -100,7 +101,7 @@ def greedy_cover(
         gains.append(float(gain[best]))
         better = torch.maximum(cover, rows(everything[best : best + 1])[0])
         changed = (better > cover).nonzero()[:, 0]
-        for part in changed.split(_BLOCK) if changed.numel() else ():
+        for part in changed.split(block) if changed.numel() else ():
             before, after = cover[part].unsqueeze(1), better[part].unsqueeze(1)
             lost = torch.minimum(columns(part), after).sub_(before).clamp_min_(0)
             gain -= lost.sum(dim=0, dtype=torch.float64)
