@@ -12,6 +12,7 @@ import importlib
 import json
 import pkgutil
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
@@ -45,7 +46,16 @@ def _load() -> None:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"tokensieve.methods.{module.name}")
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # other people's code may fail in any way; the methods of this package still work
+            owner = entry.dist.name if entry.dist is not None else entry.value
+            warnings.warn(
+                f"The methods of {owner} (entry point {entry.name} = {entry.value}) are left out, as they cannot be "
+                f"imported: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def list_methods(pattern: str = "*") -> list[str]:
