@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from tokensieve import list_methods
+from tokensieve import list_methods, method_class
+from tokensieve.core.guided import PairedMethod
 from tokensieve.core.registry import parse
 from tokensieve.hosts import Host, host_for, tiny
 from tokensieve.methods.explainability_compression import MapperConfig, RelevanceMapper
@@ -74,6 +75,27 @@ def loaded() -> Loaded:
 
 
 @functools.cache
+def pair_folder(family: str) -> str:
+    """Folder of the pair of towers that a family's vision tower is half of; empty for other towers."""
+    model, _ = tiny.build_in_memory(family)
+    if not host_for(model).tower_pair(model.base_model):
+        return ""
+    folder = tempfile.mkdtemp(prefix=f"tokensieve-pair-{family}-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for part in tiny.pair_of(model):
+        part.save_pretrained(folder)
+    return folder
+
+
+def called(name: str, family: str) -> str:
+    """How a method of the matrix is called on a host: those that look for a text tower are shown its folder."""
+    if name not in list_methods() or not issubclass(method_class(name), PairedMethod):
+        return METHODS[name]
+    folder = pair_folder(family)
+    return METHODS[name] + (f",text_tower={folder}" if folder else "")
+
+
+@functools.cache
 def _bare(family: str) -> tuple[Host, Any]:
     """Host and base model of a family, to ask which signals it can give."""
     model, _ = tiny.build_in_memory(family)
@@ -84,8 +106,8 @@ def fits(method: str, family: str) -> bool:
     """Whether the host can give every signal that the parts of a method ask for."""
     host, base = _bare(family)
     facts = host.facts(base)
-    requests = [text for part in parse(method) for text in part.signals(facts)]
-    return all(host.availability(text.partition("@")[0], base) != "absent" for text in requests)
+    requests = [(text.partition("@")[0], part) for part in parse(method) for text in part.signals(facts)]
+    return all(host.availability(name, base, getattr(part, "text_tower", None)) != "absent" for name, part in requests)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -94,10 +116,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = {name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")}
     if {"family", "method"} <= names - own:
         wanted = "misfit" not in names
-        cells = [(f, METHODS[m], f"{f}-{m}") for f in FAMILIES for m in METHODS if fits(METHODS[m], f) == wanted]
+        cells = [(f, called(m, f), f"{f}-{m}") for f in FAMILIES for m in METHODS if fits(called(m, f), f) == wanted]
         metafunc.parametrize(("family", "method"), [cell[:2] for cell in cells], ids=[cell[2] for cell in cells])
     elif "family" in names - own:
         metafunc.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def hosts_of() -> dict[str, list[str]]:
+    """Families that every registered method runs on in the matrix."""
+    return {name: [family for family in FAMILIES if fits(called(name, family), family)] for name in list_methods()}
 
 
 @pytest.fixture

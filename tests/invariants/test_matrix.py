@@ -142,6 +142,13 @@ def test_same_seed_same_plan(loaded: Any, family: str, method: str) -> None:
     assert all(torch.equal(kept[0][1][layer], kept[1][1][layer]) for layer in kept[0][1])
 
 
+def test_every_registered_method_is_in_the_matrix(hosts_of: dict[str, list[str]]) -> None:
+    """No method is left to the refusals alone, and most run on all hosts."""
+    assert set(hosts_of) == set(tokensieve.list_methods())
+    assert not [name for name, families in hosts_of.items() if not families]
+    assert sum(len(families) == len(tiny.FAMILIES) for families in hosts_of.values()) > len(hosts_of) * 0.8
+
+
 def test_cells_that_do_not_fit_say_why(loaded: Any, family: str, method: str, misfit: None) -> None:
     """No silent proxy: a missing signal is named, with the methods that work on this host."""
     model, _ = loaded(family)
