@@ -18,6 +18,7 @@ from transformers import Qwen2VLVideoProcessor
 import tokensieve
 from tokensieve.core.registry import resolve
 from tokensieve.core.signals import SIGNALS
+from tokensieve.methods.divprune import select_diverse
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,8 +175,16 @@ def test_own_time_covers_every_stage(tmp_path: Path) -> None:
     """Methods in front of and inside the LLM, and the passes to compare with, on small features."""
     module = load("own_time")
     command = ["--quick", "--frames", "4", "--width", "64", "--output", str(tmp_path)]
-    assert module.main([*command, "--methods", "vidcom2", "holitom", "hiprune", "fastv", "frame-subsample"]) == 0
-    summary = json.loads((tmp_path / "own_time.json").read_text())["summary"]
+    names = ["vidcom2", "holitom", "hiprune", "fastv", "frame-subsample", "divprune", "none"]
+    inside_the_tower = ["tome", "flowcut", "explainability-compression", "vflowopt"]
+    assert module.main([*command, "--methods", *names, *inside_the_tower]) == 0
+    written = json.loads((tmp_path / "own_time.json").read_text())
+    summary = written["summary"]
+    assert {*names, *inside_the_tower} < set(summary), "a method was left out"
+    assert summary["tome"]["patches_per_layer"] == summary["flowcut"]["patches_per_layer"] == 0.25
+    assert summary["none"]["operations_saved"] == 0 < summary["tome"]["seconds"]
+    assert summary["vflowopt"]["tower_signals"] == 1
+    assert len(written["seconds"][module.LOOP]) == 1
     assert summary["hiprune"]["tower_signals"] == 2 and summary["vidcom2"]["tower_signals"] == 0
     assert summary["frame-subsample"]["patches_per_layer"] == 0.25
     assert summary["fastv"]["patches_per_layer"] == pytest.approx((2 + 26 * 0.25) / 28)
@@ -184,6 +193,43 @@ def test_own_time_covers_every_stage(tmp_path: Path) -> None:
     decision = module.Decision(resolve("holitom", retention=0.25)[0], case)
     assert decision.run() > 0
     assert decision.layers[17] // 2 == decision.layers[18] < decision.layers[0] + 1
+
+
+def test_the_plain_loop_chooses_what_divprune_chooses() -> None:
+    """Its time is only worth something beside a selection that is the same."""
+    features = torch.randn(300, 24, generator=torch.Generator().manual_seed(3))
+    expected = select_diverse(features, 0.3, 90)[1]
+    assert load("own_time").plain_divprune(features, 90).tolist() == expected.tolist()
+
+
+def test_allocated_peak_counts_what_lives_at_once() -> None:
+    """Two tensors of a megabyte at once, a third behind them."""
+
+    def call() -> None:
+        first, second = torch.zeros(1 << 18), torch.zeros(1 << 18)
+        del first, second
+        torch.zeros(1 << 18)
+
+    measure = load("peak_memory").allocated_peak
+    assert 2 << 20 <= measure(call) < (2 << 20) + 4096
+    assert measure(call) == measure(call)
+
+
+def test_peak_memory_runs_every_host_in_fresh_processes(tmp_path: Path) -> None:
+    """Class-token methods go to the second host, each beside the full model there; a second run resumes."""
+    module = load("peak_memory")
+    command = ["--frames", "2", "--output", str(tmp_path)]
+    assert module.main([*command, "--methods", "random", "fastervlm"]) == 0
+    peaks = json.loads((tmp_path / "peak_memory.json").read_text())["peaks"]
+    assert peaks["random"]["host"] == "llava_onevision" and peaks["fastervlm"]["host"] == "llava_next_video"
+    assert {name for name in peaks if name.startswith("full model")} == {
+        "full model (llava_onevision)",
+        "full model (llava_next_video)",
+    }
+    assert peaks["random"]["entered"] == 98 and peaks["random"]["uncompressed"] == 392
+    assert 0 < peaks["random"]["allocated_of_full"] < 1
+    assert module.main([*command, "--methods", "random", "--resume"]) == 0
+    assert json.loads((tmp_path / "peak_memory.json").read_text())["peaks"]["random"] == peaks["random"]
 
 
 def test_stand_ins_have_the_shapes_that_the_signals_declare() -> None:
