@@ -182,8 +182,8 @@ def notes_of(numbers: dict[str, dict[str, float | int]], speed: float, case: Cas
         "ones of the published size.",
         "tower signals: in how many layers of the vision tower a method needs attention to every patch, and what "
         f"reading that of {case.frames} frames of {(SIGLIP['image_size'] // SIGLIP['patch_size']) ** 2} patches costs; "
-        "counted in `own / saved`. Other signals (a class token's row, keys, text towers, attention inside the LLM) are "
-        "not timed. Whether this tower has the signal at all is not asked here.",
+        "counted in `own / saved`. Other signals (a class token's row, keys, text towers, attention inside the LLM) "
+        "are not timed. Whether this tower has the signal at all is not asked here.",
         f"tome, flowcut: what they do inside of {FACTS.feature_layer + 1} blocks of a tower of SigLIP-so400m's width "
         f"({SIGLIP['num_attention_heads']} heads of 72, states of {SIGLIP['hidden_size']}) over "
         f"{case.layout.patches // case.frames} patches a frame that become tokens without pooling: matching or scoring "
