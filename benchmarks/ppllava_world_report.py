@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.results import machine, show, write
 from tokensieve.bench.statistics import accuracy, mcnemar, sign_flip
@@ -33,6 +35,11 @@ class Answered:
     trained: bool
     tokens: int
     right: tuple[bool, ...]
+
+
+def _fingerprint(folder: Path) -> str:
+    """First digits of the SHA-256 of a model's weights."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def _clips(test: Sequence[WorldItem], places: Sequence[int]) -> dict[str, list[int]]:
@@ -132,23 +139,27 @@ def report(
     for part in parts:
         show(*part)
     keys = ("clips", "questions", "frames", "steps", "long_steps", "test_clips", "learning_rate")
+    weights = {name: _fingerprint(getattr(arguments, name)) for name in ("pair", "base")}
     payload = {
         "machine": machine(),
+        "weights": weights,
         "settings": {key: getattr(arguments, key) for key in keys},
         "questions": [{"id": item.id, "family": item.family} for item in test],
         "answers": [
             {"model": one.model, "fewer": one.ratio, "trained": one.trained, "tokens": one.tokens}
-            | {"right": [int(mark) for mark in one.right]}
+            | {"right": "".join("01"[mark] for mark in one.right)}
             for one in found
         ],
     }
     notes = (
         f"{len(test)} questions about {len(_clips(test, everything))} clips of {arguments.frames} frames that no "
         f"training has seen; {arguments.steps} steps of 4 clips with up to {arguments.questions} questions each.",
+        f"start: weights with the SHA-256 {weights['pair']} (pair) and {weights['base']} (video LLM).",
         "before training: the same weights, pooled in this way without any training.",
         "95 %: Wilson's interval for the effective number of questions, as those about one clip are not independent.",
         "McNemar p: exact, on the same questions. p by clip: exact sign-flip test of the clips' differences.",
         *(f"about {name}: {', '.join(members)}." for name, members in GROUPS.items()),
+        "all tokens: compared with average pooling at 18x.",
         "subsampled patches: the middle patch of every window. subsampled frames: whole frames, at least one.",
     )
     path = write(arguments.output, "ppllava_world", payload, "PPLLaVA trained on the bundled world", parts, notes)
