@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-from tokensieve.methods import prunevid
+from tokensieve.methods import prunevid, prunevid_merge
 from tokensieve.ops.merge import apply_merge
 
 SYSTEM = "prunevid"
@@ -16,13 +16,13 @@ SYSTEM = "prunevid"
 def _check_merging(golden: dict[str, np.ndarray]) -> None:
     features = torch.from_numpy(golden["feat"])
     share, temporal = float(golden["temporal_segment_ratio"]), int(golden["k_temporal"])
-    labels = prunevid.frame_labels(features, share, temporal)
+    labels = prunevid_merge.frame_labels(features, share, temporal)
     np.testing.assert_array_equal(labels.numpy(), golden["frame_labels"])
-    assert prunevid.refine_labels(labels.tolist()) == golden["refined_labels"].tolist()
-    scenes = prunevid.find_scenes(features, share, float(golden["tau"]), temporal)
+    assert prunevid_merge.refine_labels(labels.tolist()) == golden["refined_labels"].tolist()
+    scenes = prunevid_merge.find_scenes(features, share, float(golden["tau"]), temporal)
     assert [last - first + 1 for first, last in scenes.segments] == golden["window_sizes"].tolist()
     np.testing.assert_array_equal(scenes.static.numpy(), golden["static_mask"])
-    merged, static, dynamic = prunevid.merge_scenes(
+    merged, static, dynamic = prunevid_merge.merge_scenes(
         features, scenes, float(golden["cluster_ratio"]), neighbours=int(golden["k_spatial"])
     )
     assert static == golden["static_sizes"].tolist()
@@ -35,7 +35,7 @@ def _check_merging(golden: dict[str, np.ndarray]) -> None:
 
 def _check_refinement(golden: dict[str, np.ndarray]) -> None:
     for labels, refined, segments in zip(golden["labels"], golden["refined"], golden["segments"], strict=True):
-        ours = prunevid.refine_labels(labels.tolist())
+        ours = prunevid_merge.refine_labels(labels.tolist())
         assert ours == refined.tolist()
         assert [len(list(run)) for _, run in itertools.groupby(ours)] == segments[segments > 0].tolist()
 

@@ -16,17 +16,14 @@ from tokensieve.core.registry import build
 from tokensieve.core.sample import DecoderSample, HostFacts, TokenSample
 from tokensieve.errors import MethodError
 from tokensieve.hosts import tiny
-from tokensieve.methods.prunevid import (
-    TEXT,
-    PruneVid,
+from tokensieve.methods.prunevid import TEXT, PruneVid, question_scores, select_for_question
+from tokensieve.methods.prunevid_merge import (
     Scenes,
     find_scenes,
     group_clusters,
     merge_scenes,
-    question_scores,
     ratio_for_budget,
     refine_labels,
-    select_for_question,
 )
 
 

@@ -8,8 +8,9 @@ import torch
 from tokensieve.core.layout import Layout
 from tokensieve.core.sample import TokenSample
 from tokensieve.errors import MethodError
-from tokensieve.methods import tome
-from tokensieve.methods.tome import GROUPS, KEYS, Tome, TomeMerge
+from tokensieve.methods import tome, tome_merge
+from tokensieve.methods.tome import GROUPS, Tome
+from tokensieve.methods.tome_merge import KEYS, TomeMerge
 from tokensieve.ops.bipartite import TokenGroups
 from tokensieve.ops.merge import apply_merge
 
@@ -101,13 +102,13 @@ def test_schedules() -> None:
 @pytest.mark.parametrize("target", [1, 3, 9, 17, 20])
 def test_merging_to_a_target(target: int) -> None:
     features, keys = _tokens(3, 20, 5), _tokens(3, 20, 4, seed=1)
-    out, state = tome.merge_tokens(features, keys, target)
+    out, state = tome_merge.merge_tokens(features, keys, target)
     assert out.shape == (3, target, 5)
     assert state.size.sum(dim=1).tolist() == [20.0] * 3
     for row in range(3):
         means = [features[row][state.groups.group[row] == j].mean(dim=0) for j in range(target)]
         torch.testing.assert_close(out[row], torch.stack(means), rtol=1e-4, atol=1e-6)
-    merged = tome.frames_as_merged(out, state)
+    merged = tome_merge.frames_as_merged(out, state)
     torch.testing.assert_close(apply_merge(features.flatten(0, 1), merged.merge_map, 3 * target), merged.features)
     places = torch.arange(20.0)
     for row in range(3):
@@ -134,7 +135,7 @@ def test_method() -> None:
 def test_bad_target() -> None:
     for target in (0, 21):
         with pytest.raises(MethodError, match=f"cannot merge to {target} tokens"):
-            tome.merge_tokens(_tokens(1, 20), _tokens(1, 20), target)
+            tome_merge.merge_tokens(_tokens(1, 20), _tokens(1, 20), target)
 
 
 @pytest.mark.parametrize(
