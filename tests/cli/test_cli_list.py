@@ -34,6 +34,23 @@ def test_methods_by_pattern(cli: Any, refused: Refused) -> None:
     assert "No method matches 'zz*'" in refused("list", "methods", "zz*")
 
 
+def test_compositions(cli: Any, refused: Refused) -> None:
+    allowed = json.loads(cli("list", "compositions", "*fastv", "--json").stdout)
+    assert {"vidcom2+fastv", "holitom+fastv"} <= {item["notation"] for item in allowed}
+    assert all(item["reason"] == "" for item in allowed)
+    shown = cli("list", "compositions", "*budget=v-cast")
+    assert "divprune:budget=v-cast" in shown.stdout and "frame budget" in shown.stdout
+    missing = json.loads(cli("list", "compositions", "dart+fastv", "--refused", "--json").stdout)
+    assert [item["reason"] for item in missing] == [
+        "fastv and dart both cut in front of layer 2; give one of them another layer."
+    ]
+    at = {
+        layers: cli("list", "compositions", "aim+framefusion", "--layers", layers).exit_code for layers in ("5", "28")
+    }
+    assert at == {"5": 2, "28": 2}
+    assert "No allowed composition matches 'vidcom2+divprune'" in refused("list", "compositions", "vidcom2+divprune")
+
+
 def test_hosts_and_signals(cli: Any, refused: Refused) -> None:
     found = json.loads(cli("list", "hosts", "--json").stdout)
     assert [host["host"] for host in found] == tokensieve.list_hosts()
