@@ -44,10 +44,9 @@ def test_compositions(cli: Any, refused: Refused) -> None:
     assert [item["reason"] for item in missing] == [
         "fastv and dart both cut in front of layer 2; give one of them another layer."
     ]
-    at = {
-        layers: cli("list", "compositions", "aim+framefusion", "--layers", layers).exit_code for layers in ("5", "28")
-    }
-    assert at == {"5": 2, "28": 2}
+    # Which layers methods cut at follows the depth of the LLM.
+    assert cli("list", "compositions", "catp+fastv", "--layers", "28").exit_code == 0
+    assert cli("list", "compositions", "catp+fastv", "--layers", "5", "--refused").exit_code == 0
     assert "No allowed composition matches 'vidcom2+divprune'" in refused("list", "compositions", "vidcom2+divprune")
 
 
