@@ -61,7 +61,7 @@ TALK_EVERY = 6
 """One step in so many trains on conversations."""
 
 WEIGHTS: dict[str, float] = {"counting": 4.0, "order": 3.0, "one-frame": 3.0, "two-places": 4.0}
-FOCUS_WEIGHTS: dict[str, float] = {"counting": 2.0, "one-frame": 4.0, "two-places": 4.0}
+FOCUS_WEIGHTS: dict[str, float] = {"counting": 3.0, "one-frame": 6.0, "two-places": 3.0}
 """Families that lag behind, and how much more their answers count: from nothing, and in phases with a focus."""
 
 SIGHT_LAYER, SIGHT_WEIGHT = 2, 0.2
@@ -91,7 +91,7 @@ def refinement(scale: float = 1.0) -> tuple[Phase, ...]:
     """The phases that follow on saved models."""
     plan = (
         Phase(216, 8, 20, 14, 0.2, focus=True),
-        Phase(360, 16, 12, 14, 0.3, focus=True),
+        Phase(528, 16, 12, 14, 0.3, focus=True),
         Phase(24, 32, 6, 14, 0.4, focus=True),
         Phase(72, 16, 12, 16, 0.35),
     )
