@@ -8,7 +8,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test lint format types docs bench bench-gpu test-ray test-gpu clean
+.PHONY: install demo test lint format types docs bench bench-gpu test-ray test-lmms test-gpu clean
 
 install: $(STAMP)
 
@@ -47,6 +47,10 @@ bench-gpu:
 
 test-ray: install
 	TOKENSIEVE_RAY_TESTS=1 $(BIN)/python -m pytest tests/bridges/test_batch_ray.py -q
+
+test-lmms: install
+	$(BIN)/python tests/bridges/lmms_environment.py
+	$(BIN)/python -m pytest tests/bridges/test_lmms_eval.py -q
 
 test-gpu:
 	$(BIN)/python -m pytest tests/gpu -q -m gpu

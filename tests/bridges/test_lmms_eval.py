@@ -12,6 +12,7 @@ import pytest
 from bridge_media import write_video
 
 import tokensieve
+from benchmarks import lmms_world
 from tokensieve.hosts import tiny
 from tokensieve.prompt import build_prompt
 from tokensieve.video import read_clip
@@ -172,3 +173,16 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     ]
     for line, message in zip(found, wanted, strict=True):
         assert message in line
+
+
+@pytest.mark.parametrize("method", ["none", "vidcom2"])
+def test_the_same_answers_as_bench_on_clips_of_the_world(method: str, tmp_path: Path) -> None:
+    retention = 1.0 if method == "none" else 0.25
+    found = lmms_world.compare(PYTHON, tmp_path, 3, method, retention, 4)
+    assert found["different"] == [] and found["questions"] == 6
+    assert found["accuracy_lmms_eval"] == found["accuracy_bench"]
+    throughput, tokens = found["throughput_lmms_eval"], found["tokens_bench"]
+    assert throughput["avg_visual_tokens_before"] == 16 * 36
+    assert throughput["avg_retention_achieved"] == pytest.approx(retention, abs=0.01)
+    # bench counts the words of the prompt, too.
+    assert tokens["entered"] > throughput["avg_visual_tokens"]
