@@ -10,8 +10,8 @@ import torch
 
 import tokensieve
 from tokensieve.core import registry
-from tokensieve.core.method import Method, Stage
 from tokensieve.core.compose import check_composition
+from tokensieve.core.method import Method, Stage
 from tokensieve.errors import HostError, MethodError, RetentionError, SignalError
 from tokensieve.hosts import host_for, host_for_type, tiny
 
