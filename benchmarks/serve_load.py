@@ -362,9 +362,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         arguments.requests, arguments.concurrency, arguments.rounds, arguments.burst = 24, 8, 1, 60
     sizes = arguments.batch_size if arguments.engine == "transformers" else [1]
-    found = [run_server(arguments, arguments.engine, size) for size in sizes]
-    new = {one["label"] for one in found}
-    report([one for one in kept(arguments) if one["label"] not in new] + found, arguments)
+    earlier, found = kept(arguments), []
+    for size in sizes:
+        found.append(run_server(arguments, arguments.engine, size))
+        new = {one["label"] for one in found}
+        # Written after every server: what comes later may take long or fail.
+        report([one for one in earlier if one["label"] not in new] + found, arguments)
     wrong = [text for one in found for round_ in one["rounds"] for text in round_["wrong"]]
     for text in wrong[:10]:
         print(text)

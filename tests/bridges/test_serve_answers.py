@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,13 @@ def _media(**options: Any) -> Any:
     from tokensieve.bridges.openai_server import MediaLimits
 
     return MediaLimits(**options)
+
+
+def test_all_metrics_are_documented() -> None:
+    from tokensieve.bridges.openai_server.metrics import Metrics
+
+    lines = Metrics().render().decode().splitlines()
+    names = {line.split()[2] for line in lines if line.startswith("# TYPE")}
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\| `(tokensieve_\w+)`", page, re.MULTILINE))
+    assert documented == {name for name in names if not name.endswith("_created")}
