@@ -60,7 +60,7 @@ def recipe(work: Path, stage: str) -> Path:
 
 
 def train_and_kill(path: Path, output: Path, settings: Sequence[str]) -> tuple[int, int]:
-    """Start a training, kill it behind its first checkpoint, and resume it.
+    """Start a training, kill it behind its first checkpoint, and resume it; a finished one is left alone.
 
     Returns
     -------
@@ -70,6 +70,10 @@ def train_and_kill(path: Path, output: Path, settings: Sequence[str]) -> tuple[i
     words = ["train", "ppllava", "-c", path, "--no-progress"]
     for setting in settings:
         words += ["--set", setting]
+    record = output / "killed.json"
+    if record.is_file() and (output / "model").is_dir():
+        killed, steps = json.loads(record.read_text())
+        return killed, steps
     log = output.with_suffix(".log")
     with log.open("w") as sink:
         process = subprocess.Popen(command(*words), stdout=sink, stderr=subprocess.STDOUT)
@@ -82,6 +86,7 @@ def train_and_kill(path: Path, output: Path, settings: Sequence[str]) -> tuple[i
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     run(*words, "--resume")
+    record.write_text(json.dumps([killed, _last_step(metrics)]))
     return killed, _last_step(metrics)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from bench_items import item, loaded
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from tokensieve.bench.asking import answer
 from tokensieve.bench.data import clip_of
 from tokensieve.bench.encoding import Collector, encodes_itself, given, record
 from tokensieve.bench.session import Session
@@ -16,7 +18,10 @@ from tokensieve.bench.settings import expand
 from tokensieve.core.registry import parse
 from tokensieve.core.runtime import Run
 from tokensieve.hosts import host_for, tiny
+from tokensieve.models.ppllava import assemble, assemble_processor, register
+from tokensieve.models.ppllava.host import register_host
 from tokensieve.prompt import build_prompt
+from tokensieve.world import bundled, items
 
 SHARED = ("none", "vidcom2:retention=0.3", "hiprune:retention=0.4", "fastv:retention=0.4,layer=2")
 CELLS = [
@@ -116,3 +121,39 @@ def test_the_model_is_left_as_it_was() -> None:
         with given(run, encoding, 1):
             pass
     assert (set(vars(model.base_model)), len(model.base_model.language_model._forward_pre_hooks)) == before
+
+
+def test_pooling_by_the_question_is_done_for_every_question() -> None:
+    """PPLLaVA's visual tokens of one question answer no other: each is answered as if it were asked alone."""
+    pair = AutoModel.from_pretrained(bundled("clip-pair"), dtype=torch.float32)
+    base = AutoModelForImageTextToText.from_pretrained(bundled(), dtype=torch.float32)
+    model = assemble(pair, base=base, weighting="window_renorm").eval()
+    words = AutoProcessor.from_pretrained(bundled())
+    asked_words = AutoTokenizer.from_pretrained(bundled("clip-pair"))
+    processor = assemble_processor(model, words.tokenizer, asked_words, chat_template=words.chat_template)
+    register()
+    register_host()
+    asked = [
+        item(
+            0, number, question=one.question, candidates=one.candidates, answer=one.answer, read_frames=one.read_frames
+        )
+        for number, one in enumerate(items("test", 1, per_clip=4, frames=8))
+    ]
+    session = Session(model, processor, expand(["random"], [0.5]), "open", batch=3)
+    units = list(session.run_clip(asked, list(session.runs)))
+    assert [unit.get("error") for unit in units] == [None, None] and len(units[0]["answers"]) == 4
+    tokens = []
+    for one in asked:
+        inputs = build_prompt(processor, clip_of(one), [one.question], whole_frames=True).on(model)
+        (text,) = answer(model, processor.tokenizer, inputs, [one], "open")
+        assert units[0]["answers"][one.id]["given"] == text
+        tokens.append(torch.cat(visual_tokens(model, inputs)))
+    # The tokens do differ, so that those of the first question would not have done.
+    assert not any(torch.allclose(tokens[0], other, atol=1e-3) for other in tokens[1:])
+
+
+def visual_tokens(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    names = ("pixel_values_videos", "question_ids", "question_mask")
+    with torch.inference_mode():
+        found: list[torch.Tensor] = model.model.get_video_features(*(inputs[name] for name in names)).pooler_output
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +145,10 @@ class Session:
             words = " ".join(str(error).split())[:300]
             return found | {"error": f"{type(error).__name__}: {words}{_blame(error)}"}
 
+    def _features(self, run: Run, encoding: Encoding, rows: int) -> AbstractContextManager[None]:
+        """Features encoded earlier, unless they depend on the question, so that every question needs its own."""
+        return nullcontext() if run.host.question_guided else given(run, encoding, rows)
+
     def _answers(self, run: Run, clip: _Clip, encodings: dict[str, Encoding]) -> Unit:
         own = encodes_itself(run.methods)
         if not own:
@@ -158,7 +163,7 @@ class Session:
                 encoding = record(run, clip.single)
             run.reset()
             for items, inputs in clip.batches:
-                with given(run, encoding, len(items)):
+                with self._features(run, encoding, len(items)):
                     texts = answer(self.model, self.processor.tokenizer, inputs, items, self.style)
                 answers |= {
                     item.id: {"given": text, "right": is_right(text, item)}

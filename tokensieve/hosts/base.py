@@ -34,7 +34,8 @@ class Host:
     the tower is one token of the LLM; ``projects_patches`` whether the projector takes patch by patch;
     ``drops_packed`` whether patches can be dropped inside a tower that takes all pictures as one sequence;
     ``merges_patches`` whether the tower itself joins neighbouring patches; ``tiled_images`` whether an image may be
-    several pictures.
+    several pictures; ``question_guided`` whether the visual tokens that enter the LLM depend on the question, so that
+    those of one question serve no other.
 
     The paths are relative to the base model (``model.model`` of a ``...ForConditionalGeneration``), which runs
     the encoder, scatters its features over the placeholders and calls the language model.
@@ -59,6 +60,7 @@ class Host:
     merges_patches: ClassVar[bool] = False
     tiled_images: ClassVar[bool] = False
     drops_packed: ClassVar[bool] = False
+    question_guided: ClassVar[bool] = False
 
     def tower(self, base: Any) -> PictureTower:
         """How attention is read out of this family's vision tower."""

@@ -32,6 +32,7 @@ class PPLlavaHost(Host):
     model_types = ("ppllava",)
     layout_note = "16 x 8 x 8 tokens of 32 frames, no newline; images as LLaVA-NeXT with 8 x 8 tokens a view"
     drops_frames = False
+    question_guided = True
 
     def tower(self, base: Any) -> PictureTower:
         """CLIP carries a class token, SigLIP does not; the temporal branch keeps the tower one level deeper."""
