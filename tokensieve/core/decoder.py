@@ -197,8 +197,10 @@ class DecoderStage:
             return None
         if cut.restore:
             assert self._aside is not None
-            hidden = self._aside.bring_back(prompt, hidden, kwargs)
+            last = not any(other.restore and other.first > cut.first for other in self.cuts)
+            hidden = self._aside.bring_back(prompt, hidden, kwargs, last)
             self._removed = self._aside.removed
+            self._aside = None if last else self._aside
         offset = self._earlier_offset(cut.first)
         if offset is not None and prompt.positions is not None:
             kwargs["position_embeddings"] = shifted_tables(self.text_model, prompt.positions, offset, hidden)
@@ -206,8 +208,7 @@ class DecoderStage:
         plans = [self._plan_row(row, cut, hidden, visual[row], kwargs) for row in range(batch)]
         dropped = [_left_out(places, plan) for places, plan in zip(visual, plans, strict=True)]
         fate = next((plan.fate for plan in plans if plan is not None), "gone")
-        if fate == "aside":
-            assert self._aside is not None
+        if fate == "aside" and self._aside is not None:
             self._aside.put(prompt, hidden, dropped)
         if fate == "evicted":
             self._evict(cut, [prompt.present[row, places] for row, places in enumerate(dropped)], kwargs)

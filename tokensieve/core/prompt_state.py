@@ -160,9 +160,14 @@ class Aside:
             self.present[row, origin] = True
             self.states[row, origin.to(hidden.device)] = hidden[row, places.to(hidden.device)]
 
-    def bring_back(self, prompt: Prompt, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """States of all tokens at their first places; the prompt and the arguments follow."""
-        states, real = self.states.to(hidden.device).clone(), self.present.clone()
+    def bring_back(self, prompt: Prompt, hidden: Tensor, kwargs: dict[str, Any], last: bool = False) -> Tensor:
+        """States of all tokens at their first places; the prompt and the arguments follow.
+
+        The last time the states are handed over without a copy, if they are a copy of what the first layer got.
+        """
+        states, real = self.states.to(hidden.device), self.present.clone()
+        if not (last and bool(self.present.any())):
+            states = states.clone()
         for row in range(real.shape[0]):
             places = prompt.rows(row)
             origin = prompt.origin[row, places]

@@ -372,7 +372,7 @@ class LVLMCSP(Method):
         chosen = sample.memory["chosen"]
         nearest = nearest_representative(sample.view, chosen).to(sample.hidden.device)
         place = chosen.to(sample.hidden.device)
-        change = as_float32(sample.hidden[place]) - as_float32(sample.memory["before"])
+        change = as_float32(sample.hidden[place]) - as_float32(sample.memory.pop("before"))
         moved = as_float32(sample.hidden) + change[nearest]
         moved[place] = as_float32(sample.hidden[place])
         return moved.to(sample.hidden.dtype)
