@@ -11,6 +11,7 @@ of held-out pairs whose right answer is the likelier one, with the mean differen
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -25,12 +26,13 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.results import RESULTS, machine, show, write
-from tokensieve.bench.statistics import mcnemar, wilson
+from tokensieve.bench.statistics import accuracy, mcnemar
 from tokensieve.models.ppllava import register
 from tokensieve.train import Collator, DataSource, RecordDataset, read_config
 from tokensieve.train.check import load_samples
 from tokensieve.train.dpo import answer_log_probabilities
 from tokensieve.train.run import load_parts
+from tokensieve.world import bundled
 from tokensieve.world.files import PREFERENCES, QUESTIONS
 
 __all__ = ["main"]
@@ -145,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    arguments.base_digest = hashlib.sha256((bundled() / "model.safetensors").read_bytes()).hexdigest()[:12]
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     test = work / "test"
@@ -185,8 +188,11 @@ def _report(
     rows = []
     earlier = ""
     for name, marks in right.items():
-        share, gap = sum(marks.values()) / len(marks), gaps[name]
-        low, high = wilson(share, len(marks))
+        gap = gaps[name]
+        clips: dict[str, list[bool]] = {}
+        for key, mark in marks.items():
+            clips.setdefault(key.split("/")[0], []).append(mark)
+        found = accuracy([(sum(clip), len(clip)) for clip in clips.values()])
         cells = ["", "", ""]
         if earlier:
             before = right[earlier]
@@ -200,12 +206,15 @@ def _report(
             ]
         ordered = f"{sum(value > 0 for value in gap) / len(gap):.1%}"
         mean = f"{sum(gap) / len(gap):.2f}"
-        rows.append([name, f"{share:.1%}", f"{low:.1%} to {high:.1%}", cells[0], ordered, mean, *cells[1:]])
+        rows.append(
+            [name, f"{found.value:.1%}", f"{found.low:.1%} to {found.high:.1%}", cells[0], ordered, mean, *cells[1:]]
+        )
         earlier = name
     columns = (
         *("model", "accuracy (bench)", "95 %", "p against the row above", "pairs in order", "mean gap"),
         *("pairs whose gap grew", "growth of the gap"),
     )
+    digest = arguments.base_digest
     title = "PPLLaVA trained with the commands of tokensieve"
     show(title, columns, rows)
     number = len(next(iter(right.values())))
@@ -217,7 +226,8 @@ def _report(
             for stage, (last, steps) in killed.items()
         ),
         f"ask, with the model of DPO: '{asked['question']}' -> '{asked['ask']}' (right: '{asked['right']}').",
-        "p: exact McNemar test.",
+        "95 %: Wilson's interval for the effective number of questions; p: exact McNemar test.",
+        f"start: the bundled pair and a video LLM with the SHA-256 {digest}.",
     )
     payload = {
         "machine": machine(),
