@@ -49,6 +49,7 @@ class PackedStage:
         self._frames = 0
         self._tables: tuple[Tensor, Tensor] | None = None
         self._parts: dict[str, Tensor] = {}
+        self._kept: Tensor | None = None
 
     def attach(self) -> None:
         """Install the hooks."""
@@ -57,11 +58,14 @@ class PackedStage:
         self.module.__dict__["forward"] = self._forward
         blocks: Any = self.module.get_submodule(self.tower.layers_path)
         for index, (block, attention) in enumerate(zip(blocks, self.tower.attentions(self.module), strict=True)):
-            for part, projection in self.tower.projections(attention).items():
-                self._handles.append(projection.register_forward_hook(self._keep(part)))
+            projections = self.tower.projections(attention)
+            decide = self._decide(index, attention)
+            for part, projection in projections.items():
+                last = decide if part == list(projections)[-1] else None
+                self._handles.append(projection.register_forward_hook(self._keep(part, last)))
             self._handles += [
                 block.register_forward_pre_hook(self._before_block, with_kwargs=True),
-                block.register_forward_hook(self._behind_block(index, attention), prepend=True),
+                block.register_forward_hook(self._behind_block(index), prepend=True),
             ]
 
     def detach(self) -> None:
@@ -87,7 +91,7 @@ class PackedStage:
 
     def end(self) -> None:
         """Forget the call."""
-        self._call = self._sink = self._program = self._reduction = self._tables = None
+        self._call = self._sink = self._program = self._reduction = self._tables = self._kept = None
         self._parts = {}
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,10 +149,12 @@ class PackedStage:
         group[token] = torch.arange(token.numel(), device=token.device)
         return group.repeat_interleave(square)
 
-    def _keep(self, part: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _keep(self, part: str, then: Callable[[], None] | None) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             if self._program is not None:
                 self._parts[part] = output.detach()
+                if then is not None:
+                    then()
 
         return hook
 
@@ -164,28 +170,41 @@ class PackedStage:
         self._reduction.seen.append((count, count))
         if count == self._reduction.group.shape[1]:
             return None
-        assert self._tables is not None
-        alive = (self._reduction.group >= 0).flatten()
         given = kwargs["cu_seqlens"]
         bounds = torch.arange(self._frames + 1, device=given.device, dtype=given.dtype) * count
-        tables = tuple(table[alive.to(table.device)] for table in self._tables)
-        changed = {**kwargs, "cu_seqlens": bounds, "position_embeddings": tables}
+        changed = {**kwargs, "cu_seqlens": bounds, "position_embeddings": self._left_tables()}
         if kwargs.get("max_seqlen") is not None:
             longest = kwargs["max_seqlen"]
             changed["max_seqlen"] = torch.full_like(longest, count) if isinstance(longest, Tensor) else count
         return args, changed
 
-    def _behind_block(self, index: int, attention: Any) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def _left_tables(self) -> tuple[Tensor, ...]:
+        """Rotary tables of the patches that are left."""
+        assert self._tables is not None and self._reduction is not None
+        alive = (self._reduction.group >= 0).flatten()
+        if bool(alive.all()):
+            return self._tables
+        return tuple(table[alive.to(table.device)] for table in self._tables)
+
+    def _decide(self, index: int, attention: Any) -> Callable[[], None]:
+        """Decides what to drop as soon as queries, keys and values are there, before attention needs more memory."""
+
+        def decide() -> None:
             if self._program is None or self._reduction is None:
-                return None
-            assert self._tables is not None
-            alive = (self._reduction.group >= 0).flatten()
-            tables = tuple(table[alive.to(table.device)] for table in self._tables)
+                return
+            tables = self._left_tables()
             with torch.no_grad():
-                keep = self._program.drop(self._view(index, attention, tables))
+                self._kept = self._program.drop(self._view(index, attention, tables))
             self._parts = {}
-            if keep is None:
+
+        return decide
+
+    def _behind_block(self, index: int) -> Callable[[nn.Module, Any, Any], Any]:
+        """Drops what was decided."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            keep, self._kept = self._kept, None
+            if keep is None or self._reduction is None:
                 return None
             square = self.module.spatial_merge_size**2
             if index == self.facts.feature_layer and keep.shape[1] % square:
