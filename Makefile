@@ -8,7 +8,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test lint format types docs bench bench-gpu test-ray test-lmms test-gpu clean
+.PHONY: install demo test lint format types docs bench bench-gpu test-ray test-lmms test-vllm test-gpu clean
 
 install: $(STAMP)
 
@@ -52,8 +52,14 @@ test-lmms: install
 	$(BIN)/python tests/bridges/lmms_environment.py
 	$(BIN)/python -m pytest tests/bridges/test_lmms_eval.py -q
 
+# Exit status 3: the engine cannot be installed here, and a line has said so.
+test-vllm:
+	@$(PYTHON) tests/bridges/in_vllm/make_environment.py; status=$$?; \
+	if [ $$status -eq 3 ]; then exit 0; elif [ $$status -ne 0 ]; then exit $$status; fi; \
+	.venv-vllm/bin/python -m pytest tests/bridges/in_vllm -q
+
 test-gpu:
 	$(BIN)/python -m pytest tests/gpu -q -m gpu
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-vllm build *.egg-info .pytest_cache .ruff_cache .mypy_cache

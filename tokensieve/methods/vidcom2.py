@@ -92,7 +92,8 @@ class VidCom2(Method):
 
     def token_count(self, layout: Layout) -> int | None:
         """Known beforehand with ``exact_total`` only."""
-        return keep_count(layout.patches, self.retention) if self.exact_total else None
+        # Every frame keeps a token, also where that is more than asked for.
+        return max(len(layout.views), keep_count(layout.patches, self.retention)) if self.exact_total else None
 
     def plan_tokens(self, sample: TokenSample) -> Plan:
         """Steps 1 to 8 on one video (or one picture as a video of one frame)."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.model_executor.models import llava_onevision as engine
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import VideoProcessorItems
 
@@ -20,6 +21,8 @@ from tokensieve.core.layout import Layout
 from tokensieve.errors import MethodError
 
 FAMILY = FAMILIES["LlavaOnevisionForConditionalGeneration"]
+
+TOWER_PARTS = ("embeddings", "encoder", "post_layernorm", "head")
 
 
 def video_layout(config: Any, frames: int) -> Layout:
@@ -56,6 +59,13 @@ class PrunedLlavaOnevision(engine.LlavaOnevisionForConditionalGeneration):
     """The engine's model; without a choice of ours it behaves as always."""
 
     supports_multimodal_pruning: ClassVar[bool] = True
+    # transformers 5 saves the tower of this family without the level that earlier releases had.
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            **engine.LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper.orig_to_new_prefix,
+            **{f"vision_tower.{part}.": f"vision_tower.vision_model.{part}." for part in TOWER_PARTS},
+        }
+    )
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
