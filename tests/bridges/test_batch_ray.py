@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,6 @@ import pytest
 from bridge_media import write_video
 
 from tokensieve.bridges.ray_batch import BatchSettings, Item, Journal, Workers, pipeline, run_batch
-from tokensieve.hosts import tiny
 
 ray = pytest.importorskip("ray", reason="needs pip install 'tokensieve[batch]'")
 parquet = pytest.importorskip("pyarrow.parquet", reason="needs pip install 'tokensieve[batch]'")
@@ -28,7 +30,28 @@ pytestmark = [
         reason="starts and kills Ray several times, which takes minutes where cores are few; run `make test-ray`",
     ),
 ]
+DATA = Path(os.environ.get("TOKENSIEVE_DATA_DIR") or Path(__file__).resolve().parents[3] / "shared" / "data")
 CLIPS = 24
+LIMIT = 900
+"""Seconds after which a run is taken for hanging. Every start of a worker imports torch, which took over a minute each
+on a machine with ten runnable processes per pair of cores, and these tests need up to a dozen starts."""
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """A run in this process that hangs fails, and Ray ends in any case."""
+
+    def fail(number: int, frame: Any) -> None:
+        raise TimeoutError(f"the test took longer than {2 * LIMIT} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(2 * LIMIT)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        ray.shutdown()
 
 
 class Poisoned:
@@ -76,18 +99,20 @@ def test_a_clip_that_kills_its_worker_harms_no_other(tmp_path: Path, monkeypatch
 
 @pytest.fixture
 def clips(tmp_path: Path) -> Path:
-    """A folder of short clips and a file that is none."""
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    for number in range(CLIPS):
-        write_video(folder / f"{number:02}.mp4", count=4, seed=number)
-    (folder / "broken.mp4").write_bytes(b"not a video")
-    return folder
+    """A manifest of the real clips where they are at hand, else of made ones, and of a file that is no video."""
+    manifest = tmp_path / "clips.txt"
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    names = [path for path in sorted((DATA / "videos").glob("*")) if path.suffix not in (".json", ".md")]
+    if not names:
+        names = [write_video(tmp_path / f"{number:02}.mp4", count=8, seed=number) for number in range(CLIPS)]
+    manifest.write_text("".join(f"{path}\n" for path in (*names, broken)))
+    return manifest
 
 
-def start(clips: Path, output: Path, log: Path) -> subprocess.Popen[bytes]:
-    words = [str(clips), "-q", "What moves?", "-o", str(output), "--frames", "4", "--max-new-tokens", "150"]
-    words += ["--model", str(tiny.cached("llava_onevision"))]
+def start(clips: Path, output: Path, log: Path, *more: str) -> subprocess.Popen[bytes]:
+    """The command with the bundled model."""
+    words = [str(clips), "-q", "What moves?", "-o", str(output), "--frames", "8", *more]
     return subprocess.Popen(
         [sys.executable, "-m", "tokensieve.cli", "batch", *words, "--no-progress"],
         stdout=log.open("wb"),
@@ -99,7 +124,7 @@ def start(clips: Path, output: Path, log: Path) -> subprocess.Popen[bytes]:
 
 def wait_for_records(journal: Path, count: int, process: subprocess.Popen[bytes], log: Path) -> int:
     """Wait until a running batch has written so many results; the number that it has."""
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + LIMIT
     while True:
         lines = journal.read_bytes().count(b"\n") - 1 if journal.exists() else 0
         if lines >= count:
@@ -108,9 +133,26 @@ def wait_for_records(journal: Path, count: int, process: subprocess.Popen[bytes]
         time.sleep(0.02)
 
 
+def finish(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Wait for the end of a batch; what it said."""
+    try:
+        assert process.wait(LIMIT) == 0, log.read_text()
+    finally:
+        process.kill()
+    return log.read_text()
+
+
+def answered(output: Path) -> list[dict[str, Any]]:
+    """Rows of a table without their times."""
+    rows: list[dict[str, Any]] = parquet.read_table(output).to_pylist()
+    return [{name: value for name, value in row.items() if not name.startswith("seconds_")} for row in rows]
+
+
 def test_a_killed_driver_and_a_killed_worker(clips: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "out.parquet", tmp_path / "log"
     journal = tmp_path / "out.parquet.journal"
+    names = clips.read_text().splitlines()
+    number = len(names) - 1
 
     first = start(clips, output, log)
     wait_for_records(journal, 3, first, log)
@@ -120,7 +162,7 @@ def test_a_killed_driver_and_a_killed_worker(clips: Path, tmp_path: Path) -> Non
     # A crash may also cut the last line off.
     journal.write_bytes(journal.read_bytes()[:-7])
     before = journal.read_bytes().count(b"\n") - 1
-    assert 2 <= before < CLIPS
+    assert 2 <= before < number
 
     second = start(clips, output, log)
     wait_for_records(journal, before + 2, second, log)
@@ -132,15 +174,66 @@ def test_a_killed_driver_and_a_killed_worker(clips: Path, tmp_path: Path) -> Non
     assert workers, "no answering worker was found"
     for worker in workers:
         worker.kill()
-    assert second.wait(400) == 0, log.read_text()
-    text = log.read_text()
-    assert f"{before} of {CLIPS + 1} clips are finished already" in text
-    assert f"1 of {CLIPS + 1} clips failed" in text and f"{CLIPS} answers in" in text
+    text = finish(second, log)
+    assert f"{before} of {number + 1} clips are finished already" in text
+    assert f"1 of {number + 1} clips failed" in text and f"{number} answers in" in text
 
-    rows = parquet.read_table(output).to_pylist()
-    assert [row["id"] for row in rows] == [f"{number:02}.mp4" for number in range(CLIPS)]
-    assert all(row["answer"] and row["new_tokens"] > 0 and row["tokens_visual"] < 100 for row in rows)
+    rows = answered(output)
+    assert [row["video"] for row in rows] == names[:-1]
+    assert len({row["id"] for row in rows}) == number
+    assert all(row["answer"] and row["new_tokens"] > 0 for row in rows)
+    assert all(0 < row["tokens_visual"] < row["tokens_visual_before"] for row in rows)
     (failed,) = [json.loads(line) for line in (tmp_path / "out.failed.jsonl").read_text().splitlines()]
-    assert failed["id"] == "broken.mp4" and "broken.mp4" in failed["reason"]
+    assert failed["video"] == names[-1] and "broken.mp4" in failed["reason"]
     records = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
-    assert len(records) == len({record["id"] for record in records}) == CLIPS + 1
+    assert len(records) == len({record["id"] for record in records}) == number + 1
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster of one node with a temporary folder of its own, ended afterwards."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    # Ray makes sockets in there, whose paths must be short.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        words = ["start", "--head", "--block", "--num-cpus", "2", "--port", str(port), "--temp-dir", folder]
+        words += ["--node-ip-address", "127.0.0.1", "--include-dashboard", "false", "--disable-usage-stats"]
+        log = Path(folder) / "start.log"
+        head = subprocess.Popen(
+            [Path(sys.executable).with_name("ray"), *words],
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **pipeline._PATIENCE},
+        )
+        children: list[psutil.Process] = []
+        try:
+            deadline = time.monotonic() + LIMIT
+            while "Ray runtime started" not in log.read_text():
+                assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            yield f"127.0.0.1:{port}"
+        finally:
+            # `ray stop` would end the clusters of everybody on this machine.
+            children = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+            head.terminate()
+            psutil.wait_procs(children, timeout=30)
+            for child in children:
+                if child.is_running():
+                    child.kill()
+            head.kill()
+            head.wait()
+
+
+def test_a_cluster_gives_the_same_table(clips: Path, cluster: str, tmp_path: Path) -> None:
+    names = clips.read_text().splitlines()
+    clips.write_text("".join(f"{name}\n" for name in names[-9:]))
+    tables = []
+    for place, more in (("here", ()), ("there", ("--ray-address", cluster))):
+        folder = tmp_path / place
+        folder.mkdir()
+        process = start(clips, folder / "out.parquet", folder / "log", *more)
+        assert "8 answers in" in finish(process, folder / "log")
+        tables.append(answered(folder / "out.parquet"))
+    assert tables[0] == tables[1] and [row["video"] for row in tables[0]] == names[-9:-1]

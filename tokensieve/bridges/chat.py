@@ -10,7 +10,7 @@ from tokensieve.errors import HostError
 from tokensieve.prompt import Prompt, _parts, _video_arguments
 from tokensieve.video.clip import Clip
 
-__all__ = ["Role", "Turn", "build_chats", "shape_of"]
+__all__ = ["Rendered", "Role", "Turn", "build_chats", "render_chat", "shape_of"]
 
 Role = Literal["system", "user", "assistant"]
 
@@ -61,10 +61,67 @@ def build_chats(processor: Any, chats: Sequence[Sequence[Turn]], *, whole_frames
     HostError
         If there is nothing to answer, the processor has no chat template, or it cannot take the input.
     """
-    if not chats or not all(chats):
-        raise HostError("There is no message to answer; send at least one.")
     if len({shape_of(chat) for chat in chats}) > 1:
         raise HostError("Conversations of one batch must show the same kinds of clips of the same lengths; split it.")
+    rendered = [render_chat(processor, chat) for chat in chats]
+    if not rendered:
+        raise HostError("There is no message to answer; send at least one.")
+    texts = [one.text for one in rendered]
+    videos = [part for one in rendered for part in one.visuals if part["type"] == "video"]
+    images = [[part["image"] for part in one.visuals if part["type"] == "image"] for one in rendered]
+    arguments: dict[str, Any] = {"images": images} if any(images) else {}
+    if videos:
+        arguments |= _video_arguments(videos, 1, processor, whole_frames)
+    try:
+        inputs = processor(text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left", **arguments)
+    except (ValueError, RuntimeError, TypeError, IndexError, KeyError) as error:
+        raise HostError(
+            f"The processor {type(processor).__name__} cannot take this input ({' '.join(str(error).split())})."
+        ) from error
+    notes = list(dict.fromkeys(note for one in rendered for note in one.notes))
+    return Prompt(dict(inputs), bool(videos), notes)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the text that the model reads, and what it shows.
+
+    Attributes
+    ----------
+    text : str
+        With a placeholder for every visual.
+    visuals : list of dict
+        ``{"type": "video", "clip": Clip}`` and ``{"type": "image", "image": PIL image}``, in the order of the text.
+    notes : list of str
+        What was done differently from what one might expect.
+    """
+
+    text: str
+    visuals: list[dict[str, Any]]
+    notes: list[str]
+
+
+def render_chat(processor: Any, chat: Sequence[Turn]) -> Rendered:
+    """Write a conversation with the model's own chat template.
+
+    Parameters
+    ----------
+    processor : ProcessorMixin
+        The processor of the model's checkpoint.
+    chat : sequence of Turn
+        The conversation.
+
+    Returns
+    -------
+    Rendered
+
+    Raises
+    ------
+    HostError
+        If there is nothing to answer, or the processor has no chat template or one that refuses the messages.
+    """
+    if not chat:
+        raise HostError("There is no message to answer; send at least one.")
     if getattr(processor, "chat_template", None) is None:
         raise HostError(
             f"This model's {type(processor).__name__} has no chat template; copy chat_template.jinja of the "
@@ -72,19 +129,12 @@ def build_chats(processor: Any, chats: Sequence[Sequence[Turn]], *, whole_frames
         )
     takes_video = getattr(processor, "video_processor", None) is not None
     notes: list[str] = []
-    rows = [[_Message(turn, takes_video, notes) for turn in chat] for chat in chats]
-    visuals = [[part for message in row for part in message.visuals] for row in rows]
-    videos = [part for row in visuals for part in row if part["type"] == "video"]
-    images = [[part["image"] for part in row if part["type"] == "image"] for row in visuals]
-    arguments: dict[str, Any] = {"images": images} if any(images) else {}
-    if videos:
-        arguments |= _video_arguments(videos, 1, processor, whole_frames)
+    messages = [_Message(turn, takes_video, notes) for turn in chat]
+    visuals = [part for message in messages for part in message.visuals]
     try:
-        texts = [
-            str(processor.apply_chat_template([m.rendered for m in row], add_generation_prompt=True, tokenize=False))
-            for row in rows
-        ]
-        inputs = processor(text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left", **arguments)
+        text = processor.apply_chat_template(
+            [message.rendered for message in messages], add_generation_prompt=True, tokenize=False
+        )
     except (ValueError, RuntimeError, TypeError, IndexError, KeyError) as error:
         raise HostError(
             f"The processor {type(processor).__name__} cannot take this input ({' '.join(str(error).split())})."
@@ -94,7 +144,7 @@ def build_chats(processor: Any, chats: Sequence[Sequence[Turn]], *, whole_frames
         if type(error).__name__ != "TemplateError":
             raise
         raise HostError(f"The model's chat template refuses these messages ({error}).") from error
-    return Prompt(dict(inputs), bool(videos), notes)
+    return Rendered(str(text), visuals, notes)
 
 
 class _Message:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -61,8 +62,27 @@ def serve(
     ] = 2048,
     queue: Annotated[int, typer.Option("--queue", help="Requests that may wait; further ones are refused.")] = 64,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", help="Most requests answered in one call of the model.", min=1)
-    ] = 4,
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            help="Most requests answered together: 4 on transformers, 16 on vLLM unless given.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option("--engine", help="auto (vLLM where it is installed and can), vllm or transformers."),
+    ] = "auto",
+    engine_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine-option",
+            help="name=value for vLLM, for example max_model_len=8192; repeat.",
+            show_default=False,
+        ),
+    ] = None,
     decoders: Annotated[int, typer.Option("--decoders", help="Threads that read clips.")] = 2,
     media_root: Annotated[
         Path | None,
@@ -86,7 +106,6 @@ def serve(
     """Serve a model over HTTP in OpenAI's chat format, with compressed video and image input."""
     uvicorn = _needed()
     from tokensieve.bridges.openai_server.settings import MediaLimits, ServerSettings
-    from tokensieve.cli import _common as common
 
     media = MediaLimits(
         max_bytes=max_bytes,
@@ -115,16 +134,90 @@ def serve(
         media=media,
     )
     with quiet_transformers():
-        choices = [settings.choose(one, None)[2] for one in settings.methods]
-        common.check_model(model, *choices, trust_remote_code=trust_remote_code)
-        from tokensieve.bridges.openai_server import TransformersBackend, create_app
+        backend = _backend(
+            _engine(engine, model, settings, device, attn, trust_remote_code),
+            model,
+            settings,
+            batch_size,
+            _options(engine_option),
+            {"dtype": dtype, "device": device, "attn": attn, "trust_remote_code": trust_remote_code},
+            not no_progress,
+        )
+        from tokensieve.bridges.openai_server import create_app
 
-        loaded = common.open_model(model, dtype, device, attn, trust_remote_code, not no_progress)
-        backend = TransformersBackend(loaded.model, loaded.processor, loaded.random_weights, batch_size)
         app = create_app(backend, settings)
         if host not in _LOOPBACK and settings.api_key is None:
             note(f"anybody who reaches {host} can use this server; give --api-key-file to ask for a key.")
         _run(uvicorn, app, host, port, settings.model_name)
+
+
+def _engine(
+    wanted: str, model: str | None, settings: Any, device: str, attn: str | None, trust_remote_code: bool
+) -> str:
+    """The engine to use; with ``auto`` a note says why an installed vLLM is passed over."""
+    from tokensieve.bridges.openai_server.engines import ENGINES, why_not_vllm
+    from tokensieve.bridges.vllm.arguments import engine_version
+    from tokensieve.load import read_config
+
+    if wanted not in ENGINES:
+        raise TokensieveError(f"There is no engine {wanted!r}; use {', '.join(ENGINES)}.")
+    if wanted == "transformers":
+        return wanted
+    if model is None:
+        reason: str | None = "The bundled model runs on transformers only."
+    else:
+        reason = why_not_vllm(settings, read_config(model, trust_remote_code), device, attn)
+    if reason is None:
+        return "vllm"
+    if wanted == "vllm":
+        raise TokensieveError(f"This server cannot run on vLLM: {reason}")
+    if engine_version() is not None:
+        note(f"running on transformers, not on vLLM: {reason}")
+    return "transformers"
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    """Arguments of an engine from ``name=value``; values are JSON where they can be, else text."""
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, sign, value = pair.partition("=")
+        if not sign or not name.isidentifier():
+            raise TokensieveError(f"--engine-option takes name=value, not {pair!r}.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _backend(
+    engine: str,
+    model: str | None,
+    settings: Any,
+    batch_size: int | None,
+    options: dict[str, Any],
+    loading: dict[str, Any],
+    show: bool,
+) -> Any:
+    """The engine with its model loaded."""
+    from tokensieve.cli import _common as common
+
+    if engine == "vllm" and model is not None:
+        from tokensieve.bridges.openai_server.vllm_backend import VllmBackend
+        from tokensieve.load import _load_processor
+
+        trust = loading["trust_remote_code"]
+        arguments = {"dtype": loading["dtype"], "trust_remote_code": trust, **options}
+        processor = _load_processor(model, trust)
+        return VllmBackend(model, processor, settings.method, settings.retention, batch_size or 16, **arguments)
+    if options:
+        raise TokensieveError("--engine-option is for vLLM; this server runs on transformers.")
+    from tokensieve.bridges.openai_server import TransformersBackend
+
+    choices = [settings.choose(one, None)[2] for one in settings.methods]
+    common.check_model(model, *choices, trust_remote_code=loading["trust_remote_code"])
+    loaded = common.open_model(model, **loading, show=show)
+    return TransformersBackend(loaded.model, loaded.processor, loaded.random_weights, batch_size or 4)
 
 
 def _needed() -> Any:

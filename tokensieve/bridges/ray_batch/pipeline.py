@@ -25,7 +25,16 @@ logger = logging.getLogger("tokensieve")
 
 # Items per task of a decoding worker: few enough that little is lost with a worker.
 _ITEMS_PER_BLOCK = 8
-_RETRIES = 2
+# Retries of a block in the first pass, and of a clip alone in the second. Every one costs the start of a worker, so the
+# first pass gives up early: what it loses is not lost.
+_RETRIES = (1, 2)
+# Ray gives a worker 60 s to report after its start and ends a node that is silent for about as long. On a machine with
+# other work both take longer than that, and workers would be started again and again without ever doing anything.
+_PATIENCE = {
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "20",
+}
 LOST = "The worker process died on this clip, repeatedly; it may be damaged or need too much memory."
 
 
@@ -100,9 +109,9 @@ def run_batch(
     done = 0
     with _cluster(workers) as ray:
         left = {item.id: item for item in items}
-        for per_block in (_per_block(len(items), workers), 1):
-            # The first pass stops where a block is lost too often; the second finds out which clip it was.
-            for record in _stream(ray, list(left.values()), settings, workers, per_block):
+        for per_block, retries in zip((_per_block(len(items), workers), 1), _RETRIES, strict=True):
+            # The first pass leaves a block that is lost too often; the second finds out which clip it was.
+            for record in _stream(ray, list(left.values()), settings, workers, per_block, retries):
                 if left.pop(record["id"], None) is None:
                     continue
                 journal.append(record)
@@ -124,7 +133,7 @@ def _per_block(count: int, workers: Workers) -> int:
 
 
 def _stream(
-    ray: Any, items: Sequence[Item], settings: BatchSettings, workers: Workers, per_block: int
+    ray: Any, items: Sequence[Item], settings: BatchSettings, workers: Workers, per_block: int, retries: int
 ) -> Iterator[dict[str, Any]]:
     """Finished records, in the order in which they come."""
     data = importlib.import_module("ray.data")
@@ -135,6 +144,7 @@ def _stream(
         dataset,
         Decoder,
         (settings,),
+        retries,
         batch_size=min(workers.batch_size, per_block),
         compute=data.ActorPoolStrategy(size=workers.decoders),
         num_cpus=1,
@@ -143,6 +153,7 @@ def _stream(
         dataset,
         Answerer,
         (settings, "auto" if workers.gpus else "cpu"),
+        retries,
         batch_size=1,
         compute=data.ActorPoolStrategy(size=workers.models),
         num_cpus=workers.cpus,
@@ -155,13 +166,13 @@ def _stream(
         raise _explained(error) from error
 
 
-def _with_actors(dataset: Any, worker: type, arguments: tuple[Any, ...], **options: Any) -> Any:
+def _with_actors(dataset: Any, worker: type, arguments: tuple[Any, ...], retries: int, **options: Any) -> Any:
     """One stage of actors that are started again when they die; a task is tried a few times, not for ever."""
     with warnings.catch_warnings():
         # Releases before 2.64 still take these two; later ones have no other way to bound the retries yet.
         warnings.simplefilter("ignore")
         return dataset.map_batches(
-            worker, fn_constructor_args=arguments, max_restarts=-1, max_task_retries=_RETRIES, **options
+            worker, fn_constructor_args=arguments, max_restarts=-1, max_task_retries=retries, **options
         )
 
 
@@ -182,7 +193,8 @@ def _cluster(workers: Workers) -> Iterator[Any]:
         options |= {"num_cpus": max(os.cpu_count() or 1, needed), "include_dashboard": False}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        ray.init(address=workers.address or "local", **options)
+        with _patience(workers.address is None):
+            ray.init(address=workers.address or "local", **options)
     except Exception as error:
         # Ray raises errors of all kinds here, plain exceptions among them.
         hint = (
@@ -198,6 +210,18 @@ def _cluster(workers: Workers) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _patience(local: bool) -> Iterator[None]:
+    """Longer time limits for the processes of a cluster that is started here, unless the user has set them."""
+    added = [name for name in _PATIENCE if local and name not in os.environ]
+    os.environ.update({name: _PATIENCE[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _check_resources(ray: Any, workers: Workers) -> None:
