@@ -1,14 +1,15 @@
 """The server under load: throughput, time to first token, memory, right answers, and clients that behave badly.
 
     python -m benchmarks.serve_load [--quick] [--requests 200] [--concurrency 32] [--retention 0.25]
-    python -m benchmarks.serve_load --engine vllm --keep
+    make test-vllm && .venv-vllm/bin/python -m benchmarks.serve_load --engine vllm --keep
 
 `tokensieve serve` runs as a process of its own on loopback, with a small LLaVA-OneVision of random weights and the
 published layout of 196 tokens per frame. The same requests (clips under the media root, streamed greedy answers)
 are sent without compression and with it, in turns; every answer is compared with the one that the same
 request got alone. Then come clients that disconnect in the middle, send garbage or oversized bodies, or all
 come at once, and the requests of the beginning must still get their answers. All that is done for every server:
-transformers that answers one request at a time, the same with batches, and vLLM where it is installed.
+transformers that answers one request at a time, the same with batches, and vLLM. An engine of vLLM has one method
+for its life, so there two servers run one after the other instead of in turns.
 """
 
 from __future__ import annotations
@@ -157,18 +158,22 @@ def resident(process: psutil.Process) -> int:
 
 @contextmanager
 def server(
-    folder: Path, arguments: argparse.Namespace, engine: str, batch: int
+    folder: Path, arguments: argparse.Namespace, engine: str, batch: int, methods: Sequence[str]
 ) -> Iterator[tuple[str, psutil.Process]]:
-    """A running server: its address and process."""
+    """A running server that offers methods: its address and process."""
     model = tiny.cached("llava_onevision", text=TEXT, vision={"image_size": 378, "patch_size": 14})
     words = [str(model), "--port", "0", "--served-model-name", "load", "--media-root", str(folder), "--no-progress"]
-    words += ["--method", arguments.method, "--retention", str(arguments.retention), "--allow-method", "none"]
-    words += ["--batch-size", str(batch)]
+    words += ["--engine", engine, "--method", methods[-1], "--retention", str(arguments.retention)]
+    words += ["--dtype", "float32", "--batch-size", str(batch)]
+    for method in methods[:-1]:
+        words += ["--allow-method", method]
+    if engine == "vllm":
+        words += ["--engine-option", "enforce_eager=true", "--engine-option", "max_model_len=4096"]
     words += ["--frames", str(FRAMES), "--queue", str(2 * arguments.concurrency), "--max-body", str(1 << 20)]
     command = [sys.executable, "-m", "tokensieve.cli", "serve", *words]
     with (folder / "log").open("w+") as log, subprocess.Popen(command, stderr=log) as process:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 240
             while "at http://" not in (text := (folder / "log").read_text()):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"the server did not start: {text}")
@@ -286,15 +291,22 @@ async def misbehave(client: httpx.AsyncClient, arguments: argparse.Namespace, cl
 
 
 async def measure(
-    label: str, address: str, process: psutil.Process, arguments: argparse.Namespace, clips: list[str]
+    label: str,
+    address: str,
+    process: psutil.Process,
+    arguments: argparse.Namespace,
+    clips: list[str],
+    methods: Sequence[str],
 ) -> tuple[list[Round], dict[str, Any]]:
-    """All rounds, then the bad clients."""
+    """All rounds, then the bad clients of the compressed server."""
     limits = httpx.Limits(max_connections=arguments.burst + 64, max_keepalive_connections=arguments.concurrency)
     async with httpx.AsyncClient(base_url=address, timeout=900, limits=limits) as client:
         rounds = []
         for number in range(1, arguments.rounds + 1):
-            for method in ("none", arguments.method):
+            for method in methods:
                 rounds.append(await load(client, process, arguments, Round(label, method, number), clips))
+        if arguments.method not in methods:
+            return rounds, {}
         trouble = await misbehave(client, arguments, clips)
         trouble["memory_at_the_end"] = resident(process)
         return rounds, trouble
@@ -302,12 +314,17 @@ async def measure(
 
 def run_server(arguments: argparse.Namespace, engine: str, batch: int) -> dict[str, Any]:
     """All that is measured on one server, with the cells of its tables."""
-    label = f"{engine}, batch {batch}" if engine == "transformers" else engine
-    with tempfile.TemporaryDirectory(prefix="tokensieve-load-") as place:
-        folder = Path(place)
-        clips = write_clips(folder)
-        with server(folder, arguments, engine, batch) as (address, process):
-            rounds, trouble = asyncio.run(measure(label, address, process, arguments, clips))
+    label = f"{engine}, batch {batch}"
+    together = [("none", arguments.method)] if engine == "transformers" else [("none",), (arguments.method,)]
+    rounds: list[Round] = []
+    trouble: dict[str, Any] = {}
+    for methods in together:
+        with tempfile.TemporaryDirectory(prefix="tokensieve-load-") as place:
+            folder = Path(place)
+            clips = write_clips(folder)
+            with server(folder, arguments, engine, batch, methods) as (address, process):
+                more, trouble = asyncio.run(measure(label, address, process, arguments, clips, methods))
+                rounds += more
     bad = [(kind, ", ".join(f"{key}: {n}" for key, n in got.items())) for kind, got in trouble["outcomes"].items()]
     bad.append(("a good request afterwards", "same answer" if trouble["answer_unchanged"] else "ANOTHER ANSWER"))
     bad.append(("server memory afterwards", in_bytes(trouble["memory_at_the_end"])))
@@ -348,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status, 1 when an answer was lost or wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_load", description=__doc__.splitlines()[0])
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 4], help="a server for each")
+    parser.add_argument("--batch-size", type=int, nargs="+", help="a server for each: 1 4, of vLLM 16 unless given")
     parser.add_argument("--method", default="vidcom2")
     parser.add_argument("--retention", type=float, default=0.25)
     parser.add_argument("--requests", type=int, default=200)
@@ -361,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.requests, arguments.concurrency, arguments.rounds, arguments.burst = 24, 8, 1, 60
-    sizes = arguments.batch_size if arguments.engine == "transformers" else [1]
+    sizes = arguments.batch_size or ([1, 4] if arguments.engine == "transformers" else [16])
     earlier, found = kept(arguments), []
     for size in sizes:
         found.append(run_server(arguments, arguments.engine, size))

@@ -13,13 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaOnevisionForConditionalGeneration
+from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from tokensieve.world.models import VIDEO_LLM, video_llm
 from tokensieve.world.scene import Scene, scene_of
@@ -28,6 +29,7 @@ from tokensieve.world.training.clips import Blocks, Eye, encode_clips, load_eye,
 from tokensieve.world.training.grounding import (
     fact_head,
     fact_loss,
+    pointer_loss,
     relation_head,
     relation_loss,
     sight_head,
@@ -68,6 +70,9 @@ SIGHT_LAYER, SIGHT_WEIGHT = 2, 0.2
 FACT_LAYER, RELATION_LAYER, FACT_WEIGHT = 3, 4, 0.3
 """Layers after which the auxiliary heads read, and the weights of their losses."""
 
+POINTER_HEAD, POINTER_WEIGHT = 2, 0.5
+"""Attention head of the layer :data:`FACT_LAYER` that is taught where a flash can be known from."""
+
 REFINED_RATE = 0.7
 """Factor on the learning rates where saved models are trained further."""
 
@@ -103,11 +108,15 @@ def _whole_blocks(steps: float) -> int:
 
 
 class Aside(NamedTuple):
-    """Output of the auxiliary heads: for each visual token ``[B, M, S]``, and twice for each mention ``[m, G]``."""
+    """Output of the auxiliary heads: for each visual token ``[B, M, S]``, and twice for each mention ``[m, G]``.
+
+    Then how one attention head looks from each mention at the visual tokens, logits ``[m, M]``.
+    """
 
     sights: torch.Tensor
     facts: torch.Tensor
     relations: torch.Tensor
+    pointers: torch.Tensor
 
 
 class Answerer(nn.Module):
@@ -151,6 +160,15 @@ class Answerer(nn.Module):
             self.decoder.layers[i].register_forward_hook(lambda _, __, out, i=i: seen.update({i: out}))
             for i in (SIGHT_LAYER, FACT_LAYER, RELATION_LAYER)
         ]
+        before: dict[str, torch.Tensor] = {}
+        hooks.append(
+            self.decoder.layers[FACT_LAYER].register_forward_pre_hook(
+                lambda _, args, given: before.update(
+                    states=args[0], cosine=given["position_embeddings"][0], sine=given["position_embeddings"][1]
+                ),
+                with_kwargs=True,
+            )
+        )
         try:
             last = self.decoder(
                 inputs_embeds=states, position_ids=positions, use_cache=False, layout=(size, number, length)
@@ -167,8 +185,24 @@ class Answerer(nn.Module):
             self.sights(seen[SIGHT_LAYER][:, visible]),
             self.facts(seen[FACT_LAYER][at]),
             self.relations(seen[RELATION_LAYER][at]),
+            _looks(self.decoder.layers[FACT_LAYER], before, at, visible),
         )
         return F.linear(last[:, size:][wanted], table.weight), aside
+
+
+def _looks(
+    layer: nn.Module, before: dict[str, torch.Tensor], at: tuple[torch.Tensor, torch.Tensor], visible: slice
+) -> torch.Tensor:
+    """Attention logits ``[m, M]`` of :data:`POINTER_HEAD` of a layer from the tokens ``at`` to the visible ones."""
+    attention: Any = layer.self_attn
+    size, groups = attention.head_dim, attention.num_key_value_groups
+    inputs = layer.input_layernorm(before["states"])  # type: ignore[operator]
+    cosine, sine = before["cosine"][0], before["sine"][0]
+    query = attention.q_proj(inputs[at]).unflatten(-1, (-1, size))[:, POINTER_HEAD]
+    key = attention.k_proj(inputs[:, visible]).unflatten(-1, (-1, size))[:, :, POINTER_HEAD // groups]
+    query = query * cosine[at[1]] + rotate_half(query) * sine[at[1]]
+    key = key * cosine[visible] + rotate_half(key) * sine[visible]
+    return torch.einsum("md,mnd->mn", query.float(), key[at[0]].float()) * size**-0.5
 
 
 def thinned(
@@ -248,6 +282,8 @@ def train_answerer(
             sight = sight_loss(aside.sights, batch["words"], batch["motion"], batch["fates"], idx)
             fact = fact_loss(aside.facts, turns.mentions, scenes, weights)
             fact = fact + relation_loss(aside.relations, turns.mentions, scenes, weights)
+            if idx is None:
+                fact = fact + POINTER_WEIGHT * pointer_loss(aside.pointers, turns, batch["fates"])
             (loss + SIGHT_WEIGHT * sight + FACT_WEIGHT * fact).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in found.values():
@@ -278,7 +314,10 @@ def build_answerer(tower_folder: Path, seed: int, start: Path | None = None) -> 
     torch.manual_seed(seed + 1)
     if start is not None:
         saved = LlavaOnevisionForConditionalGeneration.from_pretrained(start / VIDEO_LLM, dtype=torch.float32)
-        return Answerer(saved), eye
+        model = Answerer(saved)
+        # The folder of a training also has the auxiliary heads, which the saved models lack.
+        Checkpoint(start / "answerer").load({"answerer": model}, {})
+        return model, eye
     llm = video_llm()
     with torch.no_grad():
         llm.get_input_embeddings().weight.copy_(embeddings)

@@ -15,7 +15,7 @@ from torch import nn
 from tokensieve.world.models import POOLED, WIDTH
 from tokensieve.world.scene import CELL, SIZE, Scene, Thing
 from tokensieve.world.training.labels import CELL_WORDS, FATES
-from tokensieve.world.training.turns import IGNORED, Mention
+from tokensieve.world.training.turns import IGNORED, Mention, Turns
 from tokensieve.world.words import COLOUR_NAMES, DIRECTIONS, SHAPES
 
 TIMES = 8
@@ -93,7 +93,22 @@ def sight_loss(
         rare = torch.tensor([20.0, 60.0, 60.0])
         happened = fates[:, 1:].flatten(0, 2).float()
         loss = loss + 3 * F.binary_cross_entropy_with_logits(fate[:, cells:].flatten(0, 1), happened, pos_weight=rare)
+        loss = loss + 3 * _flash_loss(fate[:, cells:, FATES.index("flashed")], words, fates)
     return loss
+
+
+def _flash_loss(read: torch.Tensor, words: torch.Tensor, fates: torch.Tensor) -> torch.Tensor:
+    """How well the tokens of cells that an object has just left tell one frame from longer; ``read`` is ``[B, M]``.
+
+    Among all tokens these few hardly count, and every object that leaves would be taken for a flash.
+    """
+    there = words[..., CELL_WORDS.index("object")].bool()
+    left = (there[:, :-1] & ~there[:, 1:]).flatten(1)
+    flashed = fates[:, 1:, :, FATES.index("flashed")].flatten(1).float()
+    # A clip has one flash, two or three longer events, and objects that move on to other cells.
+    rare = torch.tensor(4.0)
+    each = F.binary_cross_entropy_with_logits(read, flashed, pos_weight=rare, reduction="none")
+    return (each * left).sum() / left.sum().clamp(min=1)
 
 
 def fact_loss(
@@ -126,6 +141,32 @@ def relation_loss(
         return read.sum() * 0
     targets = torch.tensor([_relations(scenes[one.clip], one) for one in mentions])
     return _asked(read.float().split(2, -1), targets, _of_mentions(weights, mentions))
+
+
+def pointer_loss(looks: torch.Tensor, turns: Turns, fates: torch.Tensor) -> torch.Tensor:
+    """How well the word "flashes" looks at the token from which the flash can be known.
+
+    That an object was there for one frame only shows in its cell one frame later. Left alone the model looks at the
+    object itself, where all objects that have just appeared look alike.
+
+    Parameters
+    ----------
+    looks
+        Attention logits ``[m, M]`` from each mention to all visual tokens.
+    turns
+        Questions with mentions.
+    fates
+        ``[B, F, 36, 3]``, see :func:`~tokensieve.world.training.labels.clip_targets`.
+    """
+    left = fates[..., FATES.index("flashed")].flatten(1)
+    rows, targets = [], []
+    for row, one in enumerate(turns.mentions):
+        if turns.families[one.clip][one.turn] == "one-frame" and bool(left[one.clip].any()):
+            rows.append(row)
+            targets.append(int(left[one.clip].argmax()))
+    if not rows:
+        return looks.sum() * 0
+    return F.cross_entropy(looks[rows], torch.tensor(targets))
 
 
 def _of_mentions(weights: torch.Tensor, mentions: Sequence[Mention]) -> torch.Tensor:
