@@ -15,10 +15,11 @@ from tokensieve.world.draw import draw
 from tokensieve.world.models import CLIP_PAIR, VIDEO_LLM, clip_pair, tokenizer, video_llm, video_processor
 from tokensieve.world.questions import questions
 from tokensieve.world.scene import practice
-from tokensieve.world.training import answerer as second
-from tokensieve.world.training.answerer import Answerer, Phase, train_answerer
+from tokensieve.world.training import curriculum
+from tokensieve.world.training.answerer import Answerer, train_answerer
 from tokensieve.world.training.attention import TurnAttention
 from tokensieve.world.training.clips import Eye
+from tokensieve.world.training.curriculum import Phase
 from tokensieve.world.training.labels import CELL_WORDS, PHRASES, clip_targets, label
 from tokensieve.world.training.optimise import Muon
 from tokensieve.world.training.run import export
@@ -128,7 +129,7 @@ def test_a_killed_first_stage_goes_on_to_the_same_weights(tmp_path: Path):
 
 
 def test_a_killed_second_stage_goes_on_to_the_same_weights_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(second, "BLOCK_STEPS", 2)
+    monkeypatch.setattr(curriculum, "BLOCK_STEPS", 2)
     phases = (Phase(2, 4, 2, 3, 0.0), Phase(2, 8, 2, 3, 1.0))
     tower = tmp_path / "tower"
     list(train_tower(tower, 1, batch=4))
@@ -155,7 +156,7 @@ def test_a_killed_second_stage_goes_on_to_the_same_weights_and_exports(tmp_path:
 
 
 def test_saved_models_are_trained_further_and_go_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(second, "BLOCK_STEPS", 2)
+    monkeypatch.setattr(curriculum, "BLOCK_STEPS", 2)
     start = WEIGHTS
     saved, _ = build(0)
     take_over(saved, start)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from tokensieve.world.models import VIDEO_LLM, video_llm
 from tokensieve.world.scene import Scene, scene_of
 from tokensieve.world.training import attention
 from tokensieve.world.training.clips import Blocks, Eye, encode_clips, load_eye, training_scenes
+from tokensieve.world.training.curriculum import Phase, batches
 from tokensieve.world.training.grounding import (
     fact_head,
     fact_loss,
@@ -40,24 +40,6 @@ from tokensieve.world.training.precision import autocast
 from tokensieve.world.training.state import Checkpoint, append_log
 from tokensieve.world.training.turns import IGNORED, Turns, choose, conversation, opening, separate, token_ids
 from tokensieve.world.words import FAMILIES
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Part of the curriculum: ``steps`` of batches of ``clips`` clips with ``frames`` frames and ``turns`` turns."""
-
-    steps: int
-    frames: int
-    clips: int
-    turns: int
-    missing: float
-    """Share of the steps in which visual tokens are missing."""
-    focus: bool = False
-    """Whether the families that lag behind are exercised."""
-
-
-BLOCK_STEPS = 24
-"""Steps that share a block of clips."""
 
 TALK_EVERY = 6
 """One step in so many trains on conversations."""
@@ -75,36 +57,6 @@ POINTER_HEAD, POINTER_WEIGHT = 2, 0.5
 
 REFINED_RATE = 0.7
 """Factor on the learning rates where saved models are trained further."""
-
-VISITS = 2
-"""How often a clip of a block is used."""
-
-
-def curriculum(scale: float = 1.0) -> tuple[Phase, ...]:
-    """The phases of the whole training; ``scale`` shortens all of them for a trial."""
-    plan = (
-        Phase(480, 4, 24, 16, 0.1),
-        Phase(240, 8, 16, 20, 0.3),
-        Phase(1008, 16, 10, 20, 0.35),
-        Phase(48, 32, 5, 20, 0.5),
-        Phase(96, 16, 12, 20, 0.4),
-    )
-    return tuple(replace(phase, steps=_whole_blocks(phase.steps * scale)) for phase in plan)
-
-
-def refinement(scale: float = 1.0) -> tuple[Phase, ...]:
-    """The phases that follow on saved models."""
-    plan = (
-        Phase(216, 8, 20, 14, 0.2, focus=True),
-        Phase(528, 16, 12, 14, 0.3, focus=True),
-        Phase(24, 32, 6, 14, 0.4, focus=True),
-        Phase(72, 16, 12, 16, 0.35),
-    )
-    return tuple(replace(phase, steps=_whole_blocks(phase.steps * scale)) for phase in plan)
-
-
-def _whole_blocks(steps: float) -> int:
-    return max(1, round(steps / BLOCK_STEPS)) * BLOCK_STEPS
 
 
 class Aside(NamedTuple):
@@ -326,37 +278,6 @@ def build_answerer(tower_folder: Path, seed: int, start: Path | None = None) -> 
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.mul_(0.3)
     return Answerer(llm), eye
-
-
-def batches(
-    blocks: Blocks, phases: tuple[Phase, ...], done: int
-) -> Iterator[tuple[int, Phase, dict[str, torch.Tensor], int]]:
-    """Steps from ``done`` on, each with its phase, its encoded clips and the index of the first."""
-    plan = _plan(phases)
-    for i, (begin, phase, first) in enumerate(plan):
-        if begin + BLOCK_STEPS <= done:
-            continue
-        number = phase.clips * BLOCK_STEPS // VISITS
-        block = blocks.take(first, number, phase.frames, phase.focus)
-        if i + 1 < len(plan):
-            _, after, start = plan[i + 1]
-            blocks.request(start, after.clips * BLOCK_STEPS // VISITS, after.frames, after.focus)
-        for j in range(BLOCK_STEPS):
-            if begin + j < done:
-                continue
-            at = j * phase.clips % number
-            yield begin + j, phase, {name: part[at : at + phase.clips] for name, part in block.items()}, first + at
-
-
-def _plan(phases: tuple[Phase, ...]) -> list[tuple[int, Phase, int]]:
-    """First step, phase and first clip of every block."""
-    found, step, clip = [], 0, 0
-    for phase in phases:
-        for _ in range(phase.steps // BLOCK_STEPS):
-            found.append((step, phase, clip))
-            step += BLOCK_STEPS
-            clip += phase.clips * BLOCK_STEPS // VISITS
-    return found
 
 
 def _weights(turns: Turns, of_family: dict[str, float]) -> torch.Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from tokensieve.world.models import CLIP_PAIR, VIDEO_LLM, clip_processor, video_llm, video_processor
-from tokensieve.world.training.answerer import build_answerer, curriculum, refinement, train_answerer
+from tokensieve.world.training.answerer import build_answerer, train_answerer
+from tokensieve.world.training.curriculum import curriculum, refinement
 from tokensieve.world.training.state import Checkpoint
 from tokensieve.world.training.tower import build, train_tower
 
