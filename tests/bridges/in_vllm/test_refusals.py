@@ -45,3 +45,13 @@ def test_a_release_that_is_not_known_is_left_alone(
         plugin.register()
     assert EngineArgs.create_model_config is create
     assert "9.9.1" in caplog.text and arguments.KNOWN_VERSIONS[0] in caplog.text
+
+
+@pytest.mark.parametrize(("host", "warned"), (("internvl", True), ("llava_onevision", True), ("qwen2_5_vl", False)))
+def test_a_rate_that_the_engine_passes_over_is_named(
+    host: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = EngineArgs(str(tiny.cached(host)), dtype="float32", video_pruning_rate=0.75)
+    with caplog.at_level(logging.WARNING, "vllm.tokensieve"):
+        engine.create_model_config()
+    assert ("ignores --video-pruning-rate" in caplog.text) == warned

@@ -218,7 +218,7 @@ def train_answerer(
     examination, tally, began = Examination(eye), Tally(), time.monotonic()
     steps = sum(phase.steps for phase in phases)
     with Blocks(folder / "blocks", tower_folder, seed) as blocks:
-        for step, phase, batch, first in batches(blocks, phases, done):
+        for step, phase, batch, first in batches(blocks, phases, done, seed):
             rate = set_rate(found, step, steps)
             rng = np.random.default_rng((5, seed, step))
             scenes = training_scenes(first, phase.clips, phase.frames, phase.focus)

@@ -30,6 +30,9 @@ BLOCK_STEPS = 24
 VISITS = 2
 """How often a clip of a block is used."""
 
+SEED_STRIDE = 1_000_000
+"""Clips between the first ones of two seeds: a training that goes on with another seed sees new clips."""
+
 
 def curriculum(scale: float = 1.0) -> tuple[Phase, ...]:
     """The phases of the whole training; ``scale`` shortens all of them for a trial."""
@@ -59,10 +62,10 @@ def _whole_blocks(steps: float) -> int:
 
 
 def batches(
-    blocks: Blocks, phases: tuple[Phase, ...], done: int
+    blocks: Blocks, phases: tuple[Phase, ...], done: int, seed: int = 0
 ) -> Iterator[tuple[int, Phase, dict[str, torch.Tensor], int]]:
     """Steps from ``done`` on, each with its phase, its encoded clips and the index of the first."""
-    plan = _plan(phases)
+    plan = _plan(phases, seed * SEED_STRIDE)
     for i, (begin, phase, first) in enumerate(plan):
         if begin + BLOCK_STEPS <= done:
             continue
@@ -78,9 +81,9 @@ def batches(
             yield begin + j, phase, {name: part[at : at + phase.clips] for name, part in block.items()}, first + at
 
 
-def _plan(phases: tuple[Phase, ...]) -> list[tuple[int, Phase, int]]:
-    """First step, phase and first clip of every block."""
-    found, step, clip = [], 0, 0
+def _plan(phases: tuple[Phase, ...], clip: int) -> list[tuple[int, Phase, int]]:
+    """First step, phase and first clip of every block, the clips counted from ``clip``."""
+    found, step = [], 0
     for phase in phases:
         for _ in range(phase.steps // BLOCK_STEPS):
             found.append((step, phase, clip))
