@@ -10,7 +10,7 @@ Writes a table and ``docs/img/unique_frames.svg``.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,17 +18,23 @@ from typing import Any, ClassVar, Literal
 import matplotlib
 import numpy as np
 import torch
+from rich.progress import track
 
 from benchmarks.results import RESULTS, machine, show, write
-from tokensieve import compress
+from tokensieve.bench.asking import answer, is_right
+from tokensieve.bench.data import Item, by_clip, clip_of, item_like
+from tokensieve.bench.encoding import given, record
 from tokensieve.bench.statistics import accuracy, sign_flip
 from tokensieve.core.layout import Layout
 from tokensieve.core.method import Fidelity, Kind, Method, Stage
 from tokensieve.core.plan import Plan
+from tokensieve.core.runtime import Run
 from tokensieve.core.sample import TokenSample
+from tokensieve.hosts.registry import host_for
 from tokensieve.load import load_model
 from tokensieve.ops.uniqueness import frame_uniqueness, gaussian_scores, low_variance_channels
-from tokensieve.world import WorldItem, items
+from tokensieve.prompt import build_prompt
+from tokensieve.world import items
 
 matplotlib.use("svg")
 from matplotlib import pyplot
@@ -39,6 +45,7 @@ EVENTS = ("order", "moment", "one-frame")
 FIGURE = Path(__file__).parents[1] / "docs" / "img" / "unique_frames.svg"
 
 Order = Literal["redundant", "unique", "random"]
+FULL: tuple[Order, int] = ("redundant", 0)
 LABELS: dict[Order, str] = {
     "redundant": "most redundant frames removed",
     "random": "random frames removed",
@@ -69,7 +76,7 @@ class WithoutFrames(Method):
     def _ranked(self, sample: TokenSample) -> torch.Tensor:
         """Frames, the first to go first."""
         if self.order == "random":
-            return torch.randperm(sample.frames, generator=torch.Generator().manual_seed(sample.index))
+            return torch.randperm(sample.frames)
         features = sample.features.view(sample.frames, -1, sample.features.shape[-1])
         to_video, _ = gaussian_scores(features, low_variance_channels(features))
         return frame_uniqueness(to_video).argsort(descending=self.order == "unique")
@@ -86,18 +93,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=FIGURE)
     chosen = parser.parse_args(arguments)
-    asked = items("test", chosen.clips, per_clip=4, frames=FRAMES)
+    asked = [item_like(one) for one in items("test", chosen.clips, per_clip=4, frames=FRAMES)]
     model, processor = load_model("bundled", "float32")
-    right: dict[tuple[Order, int], list[bool]] = {}
-    for order in LABELS:
-        for remove in REMOVED:
-            if remove == 0 and order != "redundant":
-                right[order, 0] = right["redundant", 0]
-            else:
-                right[order, remove] = _answers(model, processor, asked, WithoutFrames(remove=remove, order=order))
-    rows = [
-        _row(order, remove, asked, right) for order in LABELS for remove in REMOVED if remove or order == "redundant"
-    ]
+    keys: list[tuple[Order, int]] = [FULL, *((order, remove) for order in LABELS for remove in REMOVED if remove)]
+    host = host_for(model)
+    runs = {key: Run(model, host, [WithoutFrames(remove=key[1], order=key[0])]) for key in keys}
+    right: dict[tuple[Order, int], list[bool]] = {key: [] for key in keys}
+    torch.manual_seed(0)
+    for clip in track(list(by_clip(asked).values()), "clips"):
+        for key, hits in _clip_answers(model, processor, clip, runs).items():
+            right[key] += hits
+    asked = [item for clip in by_clip(asked).values() for item in clip]
+    rows = [_row(order, remove, asked, right) for order, remove in keys]
     columns = ("frames removed of 32", "which", "all families", "95 %", "order, moment, one-frame", "p against full")
     title = f"Frames removed by uniqueness: {chosen.clips} test clips of {FRAMES} frames, {len(asked)} questions"
     table = [_cells(row) for row in rows]
@@ -107,30 +114,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _draw(rows, chosen.figure)
 
 
-def _answers(model: Any, processor: Any, asked: Sequence[WorldItem], method: Method) -> list[bool]:
-    found: list[bool] = []
-    for begin in range(0, len(asked), 4):
-        some = asked[begin : begin + 4]
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": item.question}]}],
-                add_generation_prompt=True,
-            )
-            for item in some
-        ]
-        videos = [item.read_frames()[0] for item in some]
-        inputs = processor(text=texts, videos=videos, padding=True, padding_side="left", return_tensors="pt")
-        with torch.inference_mode(), compress(model, method):
-            produced = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-        said = processor.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found += [text.strip() == item.answer for text, item in zip(said, some, strict=True)]
+def _clip_answers(
+    model: Any, processor: Any, asked: Sequence[Item], runs: Mapping[tuple[Order, int], Run]
+) -> dict[tuple[Order, int], list[bool]]:
+    """Which of the questions about one clip every run answers rightly; the clip is encoded once."""
+    clip, texts = clip_of(asked[0]), [item.question for item in asked]
+    inputs = build_prompt(processor, clip, texts, whole_frames=True).on(model)
+    single = build_prompt(processor, clip, texts[:1], whole_frames=True).on(model)
+    with runs[FULL] as full:
+        encoding = record(full, single)
+    found = {}
+    for key, run in runs.items():
+        with run, given(run, encoding, len(asked)):
+            said = answer(model, processor.tokenizer, inputs, asked, "open")
+        found[key] = [is_right(text, item) for text, item in zip(said, asked, strict=True)]
     return found
 
 
 def _row(
-    order: Order, remove: int, asked: Sequence[WorldItem], right: dict[tuple[Order, int], list[bool]]
+    order: Order, remove: int, asked: Sequence[Item], right: dict[tuple[Order, int], list[bool]]
 ) -> dict[str, Any]:
-    hits, full = right[order, remove], right["redundant", 0]
+    hits, full = right[order, remove], right[FULL]
     clips: dict[str, list[tuple[int, int]]] = {}
     for item, hit, before in zip(asked, hits, full, strict=True):
         clips.setdefault(item.clip, []).append((int(hit), int(before)))
