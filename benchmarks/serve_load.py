@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,7 @@ from typing import Any
 import av
 import httpx
 import psutil
+from safetensors.torch import load_file, save_file
 
 from benchmarks.results import RESULTS, SHARED, machine, show, write
 from tokensieve.hosts import tiny
@@ -49,6 +52,7 @@ TEXT = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
 }
+ENGINE_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
 QUESTIONS = ("What moves?", "Which shape is in front of all the others at the end of the clip?")
 COLUMNS = (
     "server",
@@ -145,6 +149,15 @@ def write_clips(folder: Path) -> list[str]:
     return addresses
 
 
+def with_published_names(model: Path, target: Path) -> Path:
+    """A copy of a model with the weight names of the published checkpoints, the only ones that the engine reads."""
+    shutil.copytree(model, target)
+    weights = load_file(target / "model.safetensors")
+    names = {name: name.replace("vision_tower.", "vision_tower.vision_model.") for name in weights}
+    save_file({names[name]: value for name, value in weights.items()}, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
 def processor_seconds(process: psutil.Process) -> float:
     """Processor time of a process and its children so far."""
     times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
@@ -168,10 +181,15 @@ def server(
     for method in methods[:-1]:
         words += ["--allow-method", method]
     if engine == "vllm":
-        words += ["--engine-option", "enforce_eager=true", "--engine-option", "max_model_len=4096"]
+        words[0] = str(with_published_names(model, folder / "model"))
+        for option in ("enforce_eager=true", "max_model_len=4096", "gpu_memory_utilization=0.3"):
+            words += ["--engine-option", option]
     words += ["--frames", str(FRAMES), "--queue", str(2 * arguments.concurrency), "--max-body", str(1 << 20)]
     command = [sys.executable, "-m", "tokensieve.cli", "serve", *words]
-    with (folder / "log").open("w+") as log, subprocess.Popen(command, stderr=log) as process:
+    with (
+        (folder / "log").open("w+") as log,
+        subprocess.Popen(command, stderr=log, env={**ENGINE_ON_CPU, **os.environ}) as process,
+    ):
         try:
             deadline = time.monotonic() + 240
             while "at http://" not in (text := (folder / "log").read_text()):
