@@ -75,7 +75,9 @@ NOTES = (
     "answers per call: how many requests the model answered together, mean over the answers; of vLLM not known.",
     "right answers: equal to the answer that the same request got alone, all others or lost ones missing.",
     "server memory: resident set at 25, 50, 75 and 100 % of the requests of the round.",
-    "Client and server share the processor.",
+    f"Client and server share the processor. The requests show {CLIPS} clips: vLLM keeps prepared inputs, features and "
+    "prefixes of clips that come again (its defaults), the server on transformers computes every request anew.",
+    "Rounds of transformers are interleaved; vLLM runs without and with the method one after the other.",
 )
 
 
