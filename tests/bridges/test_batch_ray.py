@@ -112,7 +112,7 @@ def clips(tmp_path: Path) -> Path:
 
 def start(clips: Path, output: Path, log: Path, *more: str) -> subprocess.Popen[bytes]:
     """The command with the bundled model."""
-    words = [str(clips), "-q", "What moves?", "-o", str(output), "--frames", "8", *more]
+    words = [str(clips), "-q", "how many red objects are there?", "-o", str(output), "--frames", "8", *more]
     return subprocess.Popen(
         [sys.executable, "-m", "tokensieve.cli", "batch", *words, "--no-progress"],
         stdout=log.open("wb"),
