@@ -48,9 +48,7 @@ def test_a_release_that_is_not_known_is_left_alone(
 
 
 @pytest.mark.parametrize(("host", "warned"), (("internvl", True), ("llava_onevision", True), ("qwen2_5_vl", False)))
-def test_a_rate_that_the_engine_passes_over_is_named(
-    host: str, warned: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_rate_that_the_engine_passes_over_is_named(host: str, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
     engine = EngineArgs(str(tiny.cached(host)), dtype="float32", video_pruning_rate=0.75)
     with caplog.at_level(logging.WARNING, "vllm.tokensieve"):
         engine.create_model_config()
