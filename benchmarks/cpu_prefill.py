@@ -31,8 +31,8 @@ from benchmarks.stopwatch import Stopwatch, timed
 from tokensieve.core.registry import fitting_methods
 from tokensieve.core.runtime import base_model
 from tokensieve.hosts.registry import host_for
+from tokensieve.measure.from_run import tokens_per_layer
 from tokensieve.measure.memory import PeakMemory
-from tokensieve.measure.report import tokens_per_layer
 from tokensieve.measure.text import in_bytes, in_percent, in_seconds
 
 __all__ = ["main", "measure"]

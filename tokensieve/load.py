@@ -16,13 +16,12 @@ import torch
 
 from tokensieve.errors import HostError
 from tokensieve.hosts.registry import host_for_type
+from tokensieve.library_errors import brief_error, library_errors
 
 __all__ = [
     "BUNDLED",
     "DTYPES",
-    "brief_error",
     "check_weight_files",
-    "library_errors",
     "load_model",
     "meta_model",
     "model_type_of",
@@ -383,31 +382,6 @@ def _register_own_classes(kind: str) -> None:
 
         ppllava.register()
         register_host()
-
-
-def library_errors() -> tuple[type[Exception], ...]:
-    """What transformers raises about a checkpoint that it cannot use."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    return (
-        OSError,
-        ValueError,
-        RuntimeError,
-        ImportError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        SafetensorError,
-        StrictDataclassError,
-    )
-
-
-def brief_error(error: BaseException) -> str:
-    """The first sentence of an error, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    sentence = re.split(r"(?<=[a-z)'\"])\. ", text)[0].rstrip(".")
-    return sentence if len(sentence) <= 200 else sentence[:197] + "..."
 
 
 def _lower_first(text: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("httpx", reason="needs httpx to talk to the server")
 pytest.importorskip("fastapi", reason="needs pip install 'tokensieve[serve]'")
 
-from benchmarks import serve_load
+from benchmarks import serve_load, served
 
 
 @pytest.mark.slow
@@ -21,8 +21,8 @@ def test_rounds_and_bad_clients(serving: Callable[..., Any], tmp_path: Path) -> 
     from tokensieve.bridges.openai_server import MediaLimits
 
     arguments = argparse.Namespace(requests=9, concurrency=3, method="uniform", burst=12)
-    clips = serve_load.write_clips(tmp_path)
-    assert len(clips) == serve_load.CLIPS
+    clips = served.write_clips(tmp_path)
+    assert len(clips) == served.CLIPS
 
     async def work(client: Any) -> Any:
         rounds = []

@@ -14,6 +14,7 @@ from tokensieve.core.sample import HostFacts
 from tokensieve.core.tower_stage import TowerStage
 from tokensieve.hosts.towers import PictureTower
 from tokensieve.methods import flowcut
+from tokensieve.ops import information_flow
 
 SYSTEM = "flowcut"
 
@@ -58,7 +59,7 @@ def _check_encoder(golden: dict[str, np.ndarray]) -> None:
             row = (q[:, :, :1] @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)[:, 0, 1:]
             output = layer(hidden, attention_mask=None)
             hidden = output[0] if isinstance(output, tuple) else output
-            keep = flow.step(index, row, flowcut.semantic_attention(v), v.mean(dim=1)[:, 1:])
+            keep = flow.step(index, row, information_flow.semantic_attention(v), v.mean(dim=1)[:, 1:])
             if keep is not None:
                 place = torch.cat((torch.zeros_like(keep[:, :1]), keep + 1), dim=1)
                 hidden = hidden.gather(1, place.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
@@ -105,10 +106,10 @@ def _check_hooks(golden: dict[str, np.ndarray]) -> None:
 
 def _check_functions(golden: dict[str, np.ndarray]) -> None:
     attention, semantic, value = (torch.from_numpy(golden[k]) for k in ("cls_attn", "semantic_attn", "value"))
-    score = flowcut.flow_scores(attention, semantic, value)
+    score = information_flow.flow_scores(attention, semantic, value)
     np.testing.assert_allclose(score.numpy(), golden["score"], rtol=1e-5, atol=1e-5)
     cases = zip(golden["ratio_attn"], golden["ratio_rpl"], golden["ratio_target"], strict=True)
-    counts = [int(flowcut.prune_counts(torch.from_numpy(a), int(rem), int(t)).max()) for a, rem, t in cases]
+    counts = [int(information_flow.prune_counts(torch.from_numpy(a), int(rem), int(t)).max()) for a, rem, t in cases]
     assert counts == golden["ratio_prune_num"].tolist()
 
 

@@ -16,6 +16,7 @@ from tokensieve.errors import MethodError
 from tokensieve.hosts import tiny
 from tokensieve.methods import flowcut
 from tokensieve.methods.flowcut import ATTENTION, LENGTH, LIKENESS, FlowCut
+from tokensieve.ops import information_flow
 
 
 def _rows(batch: int = 2, patches: int = 40, seed: int = 0) -> torch.Tensor:
@@ -38,8 +39,8 @@ def _run(flow: flowcut.EncoderFlow, layers: int, attention: torch.Tensor, seed: 
 def test_scores_equal_the_plain_steps() -> None:
     generator = torch.Generator().manual_seed(0)
     attention, values = torch.rand(2, 12, generator=generator), torch.randn(2, 3, 13, 5, generator=generator)
-    semantic = flowcut.semantic_attention(values)
-    score = flowcut.flow_scores(attention, semantic, values.mean(dim=1)[:, 1:])
+    semantic = information_flow.semantic_attention(values)
+    score = information_flow.flow_scores(attention, semantic, values.mean(dim=1)[:, 1:])
     for b in range(2):
         likeness = torch.zeros(12)
         for head in values[b]:
@@ -53,7 +54,7 @@ def test_scores_equal_the_plain_steps() -> None:
 
 def test_uniform_attention_waits_for_the_last_layer() -> None:
     uniform = torch.full((3, 40), 1 / 40)
-    assert flowcut.prune_counts(uniform, 10, 8).tolist() == [0, 0, 0]
+    assert information_flow.prune_counts(uniform, 10, 8).tolist() == [0, 0, 0]
     lengths = _run(flowcut.EncoderFlow(8, 9), 12, uniform)
     assert lengths == [40] * 9 + [8] * 3
 
@@ -61,19 +62,19 @@ def test_uniform_attention_waits_for_the_last_layer() -> None:
 def test_one_hot_attention_drops_most() -> None:
     one_hot = torch.zeros(1, 40)
     one_hot[0, 7] = 1.0
-    counts = {rem: int(flowcut.prune_counts(one_hot, rem, 8)) for rem in (0, 4, 16)}
+    counts = {rem: int(information_flow.prune_counts(one_hot, rem, 8)) for rem in (0, 4, 16)}
     assert counts == {0: 32, 4: 16, 16: 8}
-    assert int(flowcut.prune_counts(one_hot.half(), 4, 8)) == 16
+    assert int(information_flow.prune_counts(one_hot.half(), 4, 8)) == 16
 
 
 def test_counts_stop_at_the_target() -> None:
     one_hot = torch.zeros(1, 10)
     one_hot[0, 0] = 1.0
-    assert flowcut.prune_counts(one_hot, 1, 4).tolist() == [6]
-    assert flowcut.prune_counts(one_hot, 3, 10).tolist() == [0]
-    assert flowcut.prune_counts(one_hot, 3, 11).tolist() == [0]
+    assert information_flow.prune_counts(one_hot, 1, 4).tolist() == [6]
+    assert information_flow.prune_counts(one_hot, 3, 10).tolist() == [0]
+    assert information_flow.prune_counts(one_hot, 3, 11).tolist() == [0]
     with pytest.raises(MethodError, match="prune to 0 patches"):
-        flowcut.prune_counts(one_hot, 3, 0)
+        information_flow.prune_counts(one_hot, 3, 0)
 
 
 @pytest.mark.parametrize(("layers", "last", "first"), [(24, 21, 1), (9, 6, 0)])
@@ -96,7 +97,7 @@ def test_a_batch_keeps_equally_many_and_the_most_concentrated_decides() -> None:
     flow = flowcut.EncoderFlow(6, 9)
     lengths = _run(flow, 12, rows)
     assert lengths[-1] == 6
-    alone = flowcut.prune_counts(rows, 8, 6)
+    alone = information_flow.prune_counts(rows, 8, 6)
     assert flow.trace[0] == (40, 8, 6, int(alone[1]))
     assert int(alone[1]) > int(alone[0])
     assert flow.idx is not None
@@ -120,7 +121,7 @@ def test_smoothing_runs_in_layers_that_do_not_prune() -> None:
 def test_the_form_without_class_token() -> None:
     generator = torch.Generator().manual_seed(2)
     q, k = torch.randn(2, 1, 3, 20, 4, generator=generator).unbind()
-    row = flowcut.mean_query_attention(q, k)
+    row = information_flow.mean_query_attention(q, k)
     expected = torch.stack([(k[0, h] @ q[0, h].mean(0) / 2).softmax(0) for h in range(3)]).mean(0)
     torch.testing.assert_close(row[0], expected)
     flow = flowcut.EncoderFlow(8, 11, normalise=False)
@@ -147,7 +148,7 @@ def test_the_decoder_prune_with_grouped_heads() -> None:
 
 def test_bad_shapes() -> None:
     with pytest.raises(MethodError, match=r"\(2, 40\)"):
-        flowcut.flow_scores(_rows(), None, torch.ones(2, 39, 4))
+        information_flow.flow_scores(_rows(), None, torch.ones(2, 39, 4))
 
 
 def _facts(**options: Any) -> HostFacts:
@@ -180,7 +181,7 @@ def test_program_drops_only_where_the_schedule_says() -> None:
     expected = flowcut.EncoderFlow(4, 3)
     row = (q[:, :, :1] @ k.transpose(2, 3) * 5**-0.5).softmax(-1).mean(1)[:, 0, 1:]
     for layer in (0, 3):
-        chosen = expected.step(layer, row, flowcut.semantic_attention(v), v.mean(1)[:, 1:])
+        chosen = expected.step(layer, row, information_flow.semantic_attention(v), v.mean(1)[:, 1:])
     assert torch.equal(keep, chosen)
     assert program.drop(Block(4, q, k, v, True)) is None
 
@@ -224,7 +225,7 @@ def test_decoder_signals_equal_full_attention() -> None:
     products = (heads[:, columns] @ heads[:, -1].unsqueeze(2)).squeeze(2) * attention.head_dim**-0.5
     torch.testing.assert_close(samples[0].signal(LIKENESS), products.softmax(1).mean(0))
     torch.testing.assert_close(samples[0].signal(LENGTH), heads[:, columns].mean(0).abs().sum(1))
-    expected = flowcut.flow_scores(
+    expected = information_flow.flow_scores(
         samples[0].signal(ATTENTION)[None], samples[0].signal(LIKENESS)[None], heads[:, columns].mean(0)[None]
     )[0]
     wanted = round(item.layout.patches * 0.2)

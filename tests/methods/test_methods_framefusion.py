@@ -13,7 +13,7 @@ from tokensieve.core.registry import build
 from tokensieve.core.sample import DecoderSample, HostFacts
 from tokensieve.errors import MethodError
 from tokensieve.hosts import tiny
-from tokensieve.measure.report import tokens_per_layer
+from tokensieve.measure.from_run import tokens_per_layer
 from tokensieve.methods.framefusion import NEVER, FrameFusion, merge_runs, neighbour_similarity, sparsity_left
 
 FACTS = HostFacts("any", 28, 24, 22, False)

@@ -13,7 +13,7 @@ from tokensieve.core.registry import build
 from tokensieve.core.sample import HostFacts
 from tokensieve.errors import MethodError
 from tokensieve.hosts import tiny
-from tokensieve.measure.report import tokens_per_layer
+from tokensieve.measure.from_run import tokens_per_layer
 from tokensieve.methods import lvlm_csp
 from tokensieve.methods.lvlm_csp import LVLMCSP, LayerSplit
 

@@ -16,6 +16,7 @@ from tokensieve.core.sample import HostFacts, TokenSample
 from tokensieve.errors import MethodError, RetentionError
 from tokensieve.hosts import tiny
 from tokensieve.methods import unicomp
+from tokensieve.ops import unique_cover
 from tokensieve.ops.merge import apply_merge
 from tokensieve.pairing import load_pair
 
@@ -154,7 +155,7 @@ def test_equal_tokens_leave_one_per_frame(dim: int) -> None:
 def test_a_radius_of_zero_absorbs_nothing() -> None:
     features = _clip(2, 20)
     features[0, 3] = features[0, 2]
-    near, _, chosen = unicomp.cover_tokens(features, 0.0)
+    near, _, chosen = unique_cover.cover_tokens(features, 0.0)
     assert not bool(near.any())
     assert bool(chosen.all())
     result = unicomp.compress(features, 0.5, token_radius=0.0, frame_radius=-1)

@@ -20,7 +20,7 @@ from tokensieve.core.runtime import Run
 from tokensieve.core.signals import SIGNALS
 from tokensieve.errors import TokensieveError
 from tokensieve.hosts.registry import host_for
-from tokensieve.measure.report import make_report
+from tokensieve.measure.from_run import make_report
 from tokensieve.prompt import build_prompt
 
 __all__ = ["Session"]

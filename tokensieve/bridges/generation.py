@@ -13,7 +13,7 @@ from tokensieve.core.method import Method
 from tokensieve.core.runtime import Run
 from tokensieve.errors import HostError, MethodError
 from tokensieve.hosts.registry import host_for
-from tokensieve.measure.report import tokens_per_layer
+from tokensieve.measure.from_run import tokens_per_layer
 
 __all__ = ["Answer", "FiniteLogits", "RowTokens", "Sampling", "answer_rows", "row_tokens", "stage_seconds"]
 

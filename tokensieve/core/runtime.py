@@ -151,7 +151,7 @@ class Run:
     @property
     def report(self) -> Report:
         """Tokens, times, FLOPs and memory of the run so far (see `tokensieve.measure.report`)."""
-        from tokensieve.measure.report import make_report
+        from tokensieve.measure.from_run import make_report
 
         return make_report(self)
 

@@ -115,7 +115,7 @@ def _compare(pair: TextPair, tower: nn.Module) -> None:
 def _load_model(name: str) -> Any:
     from transformers import AutoConfig, AutoModel
 
-    from tokensieve.load import brief_error, library_errors
+    from tokensieve.library_errors import brief_error, library_errors
 
     try:
         config = AutoConfig.from_pretrained(name)

@@ -311,7 +311,7 @@ class SiglipPair(TextPair):
 def _load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    from tokensieve.load import brief_error, library_errors
+    from tokensieve.library_errors import brief_error, library_errors
 
     try:
         return AutoTokenizer.from_pretrained(name)

@@ -106,7 +106,7 @@ def find_tokenizer(given: Any, model: Any) -> Any:
 def _load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    from tokensieve.load import brief_error, library_errors
+    from tokensieve.library_errors import brief_error, library_errors
 
     try:
         return AutoTokenizer.from_pretrained(name)
